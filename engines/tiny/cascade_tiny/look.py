@@ -1,0 +1,154 @@
+"""Looks at what the networks make while they train: `python -m cascade_tiny.look --out DIR`.
+
+Runs the whole cascade in torch on captions that training never shows, and lets `judge` say what came out. What is shipped is
+measured through the runtime instead (`benchmarks/tiny_accuracy.py`); this is the watching eye of the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from cascade_tiny import data, diffusion, recipe, scenes
+from cascade_tiny.judge import Verdict, judge, psnr
+from cascade_tiny.text import build_tokenizer, encode
+from cascade_tiny.train import TrainingError, autocast, trained
+
+
+class Cascade:
+    """The trained averages in a training folder, run one after another."""
+
+    def __init__(self, out: Path, device: torch.device) -> None:
+        self.device = device
+        self.a = trained(out, "a", device)["a"]
+        self.semantic = trained(out, "semantic", device)
+        self.prior = trained(out, "text-c", device) if (out / "text-c.pt").is_file() else None
+        self.b = trained(out, "b", device)["b"] if (out / "b.pt").is_file() else None
+        self.tokenizer = build_tokenizer()
+
+    def generate(
+        self, captions: Sequence[str], seed: int, steps: tuple[int, int], guidance: float, shift: float
+    ) -> NDArray[np.float32]:
+        """Captions to pictures, float32 [B, 256, 256, 3] in 0..1. Without a Stage B the teaching decoder stands in."""
+        if self.prior is None:
+            raise TrainingError("Stage C is not trained yet; train it first: --stage text-c")
+        rng = torch.Generator().manual_seed(seed)
+        hidden, pooled = self._conditions(captions)
+        no_hidden, no_pooled = self._conditions([""] * len(captions))
+        image = torch.zeros(len(captions), 1, recipe.STAGE_C.clip_image_in_channels or 0, device=self.device)
+        c = self.prior["c"]
+        predict = diffusion.guided(
+            lambda x, r: c(x, r, pooled, hidden, image), lambda x, r: c(x, r, no_pooled, no_hidden, image), guidance
+        )
+        noise = torch.randn((len(captions), *recipe.LATENTS_C), generator=rng).to(self.device)
+        with torch.inference_mode():
+            semantic = diffusion.sample(predict, noise, steps[0], rng, shift)
+            return self._pictures(semantic, pooled, steps[1], rng)
+
+    def reconstruct(self, pictures: Tensor, seed: int, steps: int) -> NDArray[np.float32]:
+        """Pictures uint8 [B, 3, 256, 256] through the semantic encoder, Stage B and Stage A: float32 [B, 256, 256, 3]."""
+        rng = torch.Generator().manual_seed(seed)
+        with torch.inference_mode():
+            _, pooled = self._conditions([""] * len(pictures))
+            pixels = data.for_semantic(data.to_unit(pictures.to(self.device)))
+            return self._pictures(self.semantic["encoder"](pixels), pooled, steps, rng)
+
+    def through_a(self, pictures: Tensor) -> NDArray[np.float32]:
+        """Pictures uint8 [B, 3, 256, 256] through Stage A alone: float32 [B, 256, 256, 3]."""
+        with torch.inference_mode():
+            return _to_numpy(self.a.decode(self.a.encode(data.to_unit(pictures.to(self.device)))))
+
+    def _conditions(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if self.prior is None:
+            return torch.zeros(0), torch.zeros(len(captions), 1, recipe.TEXT_WIDTH, device=self.device)
+        ids, mask = (torch.from_numpy(x).to(self.device) for x in encode(self.tokenizer, captions))
+        with torch.inference_mode():
+            hidden, pooled = self.prior["text"].conditions(ids, mask)
+        return hidden, pooled
+
+    def _pictures(self, semantic: Tensor, pooled: Tensor, steps: int, rng: torch.Generator) -> NDArray[np.float32]:
+        if self.b is None:
+            return _to_numpy(self.a.decode(self.semantic["decoder"](semantic)))
+        b = self.b
+
+        def predict(x: Tensor, r: Tensor) -> Tensor:
+            with autocast(self.device):
+                return b(x, r, pooled, effnet=semantic)  # type: ignore[no-any-return]
+
+        noise = torch.randn((len(semantic), *recipe.LATENTS_B), generator=rng).to(self.device)
+        return _to_numpy(self.a.decode(diffusion.sample(predict, noise, steps, rng)))
+
+
+def _to_numpy(pixels: Tensor) -> NDArray[np.float32]:
+    return pixels.clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def report(verdicts: Sequence[Verdict]) -> str:
+    """Shares of what was right, in per cent."""
+    names = ("valid", "background", "colour_at_place", "shape", "size", "right")
+    return "  ".join(f"{n} {100 * np.mean([getattr(v, n) for v in verdicts]):.1f}" for n in names)
+
+
+def sheet(pictures: NDArray[np.float32], columns: int) -> Image.Image:
+    """Pictures [N, side, side, 3] in rows: a picture of pictures."""
+    rows = len(pictures) // columns
+    grid = pictures[: rows * columns].reshape(rows, columns, *pictures.shape[1:]).transpose(0, 2, 1, 3, 4)
+    whole = grid.reshape(rows * pictures.shape[1], columns * pictures.shape[2], 3)
+    return Image.fromarray((whole * 255 + 0.5).astype(np.uint8))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cascade_tiny.look",
+        description="Sample held-out captions from training in progress, and judge them.",
+        epilog="example: python -m cascade_tiny.look --out training --pictures 48 --png now.png",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the training's folder")
+    parser.add_argument("--pictures", type=int, default=48)
+    parser.add_argument("--steps", type=int, nargs=2, default=(20, 10), metavar=("C", "B"))
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--shift", type=float, default=1.0, help="1: DDPM, 2: as the original samples Stage C")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--png", type=Path, help="write the pictures there")
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        cascade = Cascade(arguments.out, torch.device(arguments.device))
+        known = [data.held_out_scene(i) for i in range(arguments.pictures)]
+        drawn = data.pictures(known)
+        clean = drawn.permute(0, 2, 3, 1).numpy().astype(np.float32) / 255
+        for name, made in (
+            ("stage A", cascade.through_a(drawn)),
+            ("reconstruction", cascade.reconstruct(drawn, 0, arguments.steps[1])),
+        ):
+            quality = np.array([psnr(m, c) for m, c in zip(made, clean, strict=True)])
+            print(f"{name}: mean {quality.mean():.2f} dB, worst {quality.min():.2f} dB")
+            print(f"    {report([judge(m, s) for m, s in zip(made, known, strict=True)])}")
+        rows = [clean, made]
+        if cascade.prior is not None:
+            wishes = scenes.held_out_wishes()[: arguments.pictures]
+            captions = [scenes.canonical(w) for w in wishes]
+            made = cascade.generate(captions, 1, tuple(arguments.steps), arguments.guidance, arguments.shift)
+            print(f"from captions: {report([judge(m, w) for m, w in zip(made, wishes, strict=True)])}")
+            rows.append(made)
+        if arguments.png:
+            sheet(np.concatenate([r[:24] for r in rows]), 12).resize((12 * 128, len(rows) * 256)).save(arguments.png)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Writes the trained averages as a checkpoint folder in diffusers' layout, which `cascade-export --checkpoint` reads.
+
+Everything is named as diffusers names it. Two things are ours: `effnet/`, the semantic encoder, and the key `cascade_rt`
+in `model_index.json`, which says what the model is called and how it is best sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cascade_tiny import recipe
+from cascade_tiny.scenes import SIDE
+from cascade_tiny.text import MAX_TOKENS, build_tokenizer
+
+# Measured on held-out captions; see the model card.
+SAMPLING: dict[str, Any] = {
+    "sampler": "diffusers",
+    "diffusers": {
+        "prior_num_inference_steps": 20,
+        "prior_guidance_scale": 4.0,
+        "num_inference_steps": 10,
+        "decoder_guidance_scale": 0.0,
+    },
+    "original": {
+        "prior_num_inference_steps": 20,
+        "prior_guidance_scale": 4.0,
+        "num_inference_steps": 10,
+        "decoder_guidance_scale": 1.1,
+    },
+}
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def publish(out: Path, target: Path) -> None:
+    """Writes the checkpoint folder beside its place and renames it.
+
+    Args:
+        out: the training's folder, with all four stages in it.
+        target: the folder to write; an older one is replaced.
+
+    Raises:
+        TrainingError: a stage was not trained yet.
+    """
+    from cascade_tiny.train import trained
+
+    device = torch.device("cpu")
+    a = trained(out, "a", device)["a"]
+    semantic = trained(out, "semantic", device)["encoder"]
+    prior = trained(out, "text-c", device)
+    decoder = trained(out, "b", device)["b"]
+
+    beside = target.with_name(target.name + ".part")
+    if beside.exists():
+        shutil.rmtree(beside)
+    _write_model(beside / "prior", prior["c"], "StableCascadeUNet", asdict(recipe.STAGE_C))
+    _write_model(beside / "decoder", decoder, "StableCascadeUNet", asdict(recipe.STAGE_B))
+    _write_model(beside / "vqgan", a, "PaellaVQModel", asdict(recipe.STAGE_A))
+    _write_model(beside / "effnet", semantic, "SemanticEncoder", asdict(recipe.SEMANTIC))
+    text_config = recipe.text_config().to_dict() | {"architectures": ["CLIPTextModelWithProjection"]}
+    _write_model(beside / "text_encoder", prior["text"], None, text_config, "model.safetensors")
+    (beside / "tokenizer").mkdir()
+    build_tokenizer().save(str(beside / "tokenizer" / "tokenizer.json"))
+    (beside / "scheduler").mkdir()
+    _write_json(
+        beside / "scheduler" / "scheduler_config.json",
+        {"_class_name": "DDPMWuerstchenScheduler", "s": 0.008, "scaler": 1.0, "prediction_type": "v_prediction"},
+    )
+    _write_json(
+        beside / "model_index.json",
+        {
+            "_class_name": "StableCascadeCombinedPipeline",
+            "cascade_rt": {
+                "name": "cascade-tiny",
+                "licence": "Apache-2.0",
+                "height": SIDE,
+                "width": SIDE,
+                "max_tokens": MAX_TOKENS,
+                "sampling": SAMPLING,
+            },
+        },
+    )
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(beside, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_model(
+    folder: Path, model: nn.Module, class_name: str | None, config: dict[str, Any], weights: str = _WEIGHTS
+) -> None:
+    folder.mkdir(parents=True)
+    if class_name is not None:
+        config = {"_class_name": class_name} | config
+    _write_json(folder / "config.json", config)
+    # the counter of seen batches is training state and, as the only integer, of no use to an engine
+    state: dict[str, Tensor] = {
+        k: v.detach().float().contiguous() for k, v in model.state_dict().items() if v.is_floating_point()
+    }
+    save_file(state, str(folder / weights), metadata={"format": "pt"})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,216 @@
+"""Every size and every number of the training: the four networks, their first weights, and how long each is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from cascade_export.models import (
+    Denoiser,
+    DenoiserConfig,
+    EffNetConfig,
+    SemanticEncoder,
+    StageA,
+    StageAConfig,
+)
+from cascade_tiny import text
+
+_RES, _TIME, _ATTN = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
+
+TEXT_WIDTH = 128
+LATENTS_B = (4, 64, 64)
+LATENTS_C = (16, 6, 6)
+SEMANTIC_SIDE = 192  # 256 x 3/4: Stage B was trained the same way, which makes 42.67 pixels of a latent's 32
+
+# The codebook is kept because the file format has one; latents are never quantised, so one entry is enough.
+STAGE_A = StageAConfig(bottleneck_blocks=2, embed_dim=64, num_vq_embeddings=1, scale_factor=1.0)
+
+SEMANTIC = EffNetConfig(
+    stages=(
+        ("fused", 1, 3, 1, 16, 1),
+        ("fused", 2, 3, 2, 32, 1),
+        ("fused", 2, 3, 2, 64, 2),
+        ("mb", 2, 3, 2, 96, 2),
+        ("mb", 3, 3, 2, 128, 2),
+    ),
+    stem_channels=16,
+    last_channels=192,
+)
+
+# Few and wide blocks: on a CPU a block costs about the same whether it has 128 channels or 160.
+STAGE_C = DenoiserConfig(
+    in_channels=16,
+    out_channels=16,
+    timestep_ratio_embedding_dim=32,
+    conditioning_dim=TEXT_WIDTH,
+    block_out_channels=(160, 160),
+    num_attention_heads=(5, 5),
+    down_num_layers_per_block=(1, 2),
+    up_num_layers_per_block=(2, 1),
+    down_blocks_repeat_mappers=(1, 1),
+    up_blocks_repeat_mappers=(1, 1),
+    block_types_per_layer=((_RES, _TIME, _ATTN), (_RES, _TIME, _ATTN)),
+    clip_text_in_channels=TEXT_WIDTH,
+    clip_text_pooled_in_channels=TEXT_WIDTH,
+    clip_image_in_channels=64,
+    dropout=(0.0, 0.0),
+    self_attn=(True, True),
+    switch_level=(False,),
+)
+
+# Most channels where there are few positions: the 32 x 32 level has one block each way.
+STAGE_B = DenoiserConfig(
+    in_channels=4,
+    out_channels=4,
+    timestep_ratio_embedding_dim=32,
+    patch_size=2,
+    conditioning_dim=TEXT_WIDTH,
+    block_out_channels=(64, 96, 160),
+    num_attention_heads=(0, 0, 5),
+    down_num_layers_per_block=(1, 1, 2),
+    up_num_layers_per_block=(2, 1, 1),
+    down_blocks_repeat_mappers=(1, 1, 1),
+    up_blocks_repeat_mappers=(1, 1, 1),
+    block_types_per_layer=((_RES, _TIME), (_RES, _TIME), (_RES, _TIME, _ATTN)),
+    clip_text_pooled_in_channels=TEXT_WIDTH,
+    effnet_in_channels=16,
+    pixel_mapper_in_channels=3,
+    dropout=(0.0, 0.0, 0.0),
+    self_attn=(True, True, True),
+    timestep_conditioning_type=("sca",),
+)
+
+
+def text_config() -> CLIPTextConfig:
+    """The text encoder's architecture: CLIP's, two layers deep."""
+    return CLIPTextConfig(
+        vocab_size=text.build_tokenizer().get_vocab_size(),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=3 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=text.MAX_TOKENS,
+        hidden_act="gelu",
+        pad_token_id=text.PAD_ID,
+        bos_token_id=text.BEGIN_ID,
+        eos_token_id=text.END_ID,
+    )
+
+
+class TextEncoder(CLIPTextModelWithProjection):  # type: ignore[misc]
+    """The text encoder, answering with just what the denoisers are conditioned on."""
+
+    def conditions(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes captions.
+
+        Args:
+            ids, mask: int64 [B, L], from `text.encode`.
+
+        Returns:
+            hidden float32 [B, L, TEXT_WIDTH], before the final norm as Stable Cascade uses it, and pooled
+            float32 [B, 1, TEXT_WIDTH].
+        """
+        out = self(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        return out.hidden_states[-1].float(), out.text_embeds[:, None].float()
+
+
+class SemanticDecoder(nn.Module):
+    """Semantic latents -> Stage A's latents in one pass, without noise. Only teaches the encoder what to keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def mix(width: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU())
+
+        self.first = nn.Sequential(nn.Conv2d(16, 192, 1), mix(192), mix(192))
+        self.rest = nn.Sequential(
+            nn.ConvTranspose2d(192, 128, 2, 2),
+            mix(128),
+            mix(128),
+            nn.ConvTranspose2d(128, 64, 2, 2),
+            mix(64),
+            nn.ConvTranspose2d(64, 48, 2, 2),
+            mix(48),
+            nn.Conv2d(48, 4, 3, padding=1),
+        )
+
+    def forward(self, semantic: Tensor) -> Tensor:
+        """[B, 16, 6, 6] -> [B, 4, 64, 64]; 6 x 6 is stretched to 8 x 8 first, the doublings do the rest."""
+        x = self.first(semantic)
+        wide = nn.functional.interpolate(x.float(), size=(8, 8), mode="bilinear", align_corners=True)
+        y: Tensor = self.rest(wide)
+        return y.float()
+
+
+def build_denoiser(config: DenoiserConfig) -> Denoiser:
+    """A denoiser with first weights that train well: it starts as the identity of its embedding and answers zero."""
+    model = Denoiser(config)
+    for name, parameter in model.named_parameters():
+        if ".mapper" in name:  # timestep blocks start as the identity
+            nn.init.zeros_(parameter)
+        elif name == "clf.1.weight" or name == "clf.1.bias":
+            nn.init.zeros_(parameter)
+        elif name.endswith("channelwise.4.weight") or name.endswith("to_out.0.weight"):
+            with torch.no_grad():
+                parameter.mul_(0.5)  # keeps the sum of the residuals near the size of the stream
+    return model
+
+
+def build_stage_a() -> StageA:
+    """A Stage A whose residual branches start small instead of shut, which saves the first hundreds of steps."""
+    model = StageA(STAGE_A)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gammas"):
+            with torch.no_grad():
+                parameter[2] = parameter[5] = 0.3
+    return model
+
+
+def build_semantic_encoder() -> SemanticEncoder:
+    """The semantic encoder with torch's own first weights."""
+    return SemanticEncoder(SEMANTIC)
+
+
+def build_text_encoder() -> TextEncoder:
+    """The text encoder with CLIP's own first weights."""
+    return TextEncoder(text_config())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one stage is trained.
+
+    Attributes:
+        steps: optimizer steps by default.
+        batch: pictures a step.
+        rate: the peak learning rate; it rises over the first 100 steps and falls to nothing over the last third.
+        ema: decay of the average of the weights that is published, once warmed up.
+    """
+
+    steps: int
+    batch: int
+    rate: float
+    ema: float = 0.998
+
+
+PLANS = {
+    "a": Plan(steps=1500, batch=16, rate=2e-3, ema=0.99),
+    "semantic": Plan(steps=1800, batch=24, rate=2e-3, ema=0.99),
+    "text-c": Plan(steps=5000, batch=64, rate=1e-3),
+    "b": Plan(steps=5000, batch=16, rate=1e-3),
+}
+SEED = 1
+SCENES_B = 12_000  # training scenes with Stage A's latents kept ready; 32 kB each
+SCENES_C = 24_000  # training scenes with semantic latents kept ready; 1 kB each
+CAPTIONS = 8  # different captions of each training scene
+
+CROP = 128  # Stage A is convolutional: crops cost a quarter of whole pictures and hold as many edges
+SEMANTIC_NOISE = 0.1  # on the semantic latents while their encoder learns, so that neighbours mean the same picture
+CONDITION_NOISE = 0.05  # on Stage B's condition: at run time it comes from Stage C, which is not exact
+CAPTION_DROPOUT = 0.1  # share of empty captions: what guidance steers away from
+EFFNET_DROPOUT = 0.05  # share of Stage B's conditions set to zero, for guidance likewise

@@ -1,0 +1,376 @@
+"""Trains cascade-tiny: `python -m cascade_tiny.train --out DIR`.
+
+Four stages, each of them frozen before the next one needs it:
+
+    a         pixels <-> 64 x 64 x 4 latents, a plain autoencoder
+    semantic  pixels -> 6 x 6 x 16 latents, taught by a small deterministic decoder that is thrown away
+    text-c    captions -> semantic latents: Stage C, and the text encoder with it
+    b         semantic latents -> Stage A's latents: Stage B
+
+Learning the semantic latents apart from Stage B, and the velocity instead of the noise, is what makes Stage B work at all:
+trained together on the noise it reads the noisy latents where it should read the semantic ones, and fails from pure noise.
+
+Every stage keeps `DIR/STAGE.pt`, written whole or not at all. Ctrl-C saves; the same command goes on from there. More
+`--steps` prolong a stage that has ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cascade_tiny import data, diffusion, recipe
+from cascade_tiny.recipe import PLANS, SEED, Plan
+from cascade_tiny.text import PAD_ID, build_tokenizer, encode
+
+STAGES = ("a", "semantic", "text-c", "b")
+
+
+class TrainingError(Exception):
+    """A request that cannot be done; the message says what to do instead."""
+
+
+def build(stage: str) -> nn.ModuleDict:
+    """The networks that a stage trains, with their first weights."""
+    if stage == "a":
+        return nn.ModuleDict({"a": recipe.build_stage_a()})
+    if stage == "semantic":
+        return nn.ModuleDict({"encoder": recipe.build_semantic_encoder(), "decoder": recipe.SemanticDecoder()})
+    if stage == "text-c":
+        return nn.ModuleDict({"text": recipe.build_text_encoder(), "c": recipe.build_denoiser(recipe.STAGE_C)})
+    return nn.ModuleDict({"b": recipe.build_denoiser(recipe.STAGE_B)})
+
+
+def trained(out: Path, stage: str, device: torch.device) -> nn.ModuleDict:
+    """The averaged networks of a stage, frozen.
+
+    Raises:
+        TrainingError: the stage was not trained in this folder.
+    """
+    path = out / f"{stage}.pt"
+    if not path.is_file():
+        raise TrainingError(f"{path} is not there; train it first: python -m cascade_tiny.train --out {out} --stage {stage}")
+    networks = build(stage)
+    networks.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
+    return networks.to(device).eval().requires_grad_(False)
+
+
+def fingerprint(networks: nn.Module) -> str:
+    """A digest of all weights, by which files made from them are known."""
+    digest = hashlib.sha256()
+    for value in networks.state_dict().values():
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Task(ABC):
+    """One stage's training: its networks and the loss of each step."""
+
+    stage: str
+
+    def __init__(self, out: Path, device: torch.device, plan: Plan, workers: int, quiet: bool) -> None:
+        self.device, self.plan, self.workers = device, plan, workers
+        self.stream = STAGES.index(self.stage)
+        torch.manual_seed(SEED * 100 + self.stream)
+        self.networks = build(self.stage).to(device)
+        self.prepare(out, quiet)
+
+    def prepare(self, out: Path, quiet: bool) -> None:
+        """Loads what earlier stages made."""
+
+    def begin(self, steps: range) -> None:
+        """Called once before the steps are taken in order."""
+
+    @abstractmethod
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:
+        """The loss of one step; everything random in it comes from the step's number or from `rng`."""
+
+    def numbers(self, step: int, count: int) -> Tensor:
+        """The scene numbers of a step whose pictures are not needed."""
+        return torch.from_numpy(data.step_numbers(self.stream, step, self.plan.batch, count))
+
+    def noise(self, shape: tuple[int, ...] | torch.Size, rng: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=rng, device=self.device)
+
+
+class TrainA(Task):
+    """Pixels through the latents and back, by absolute and squared error."""
+
+    stage = "a"
+
+    def begin(self, steps: range) -> None:
+        batches = data.Batches(self.stream, self.plan.batch, recipe.SCENES_B)
+        self.batches: Iterator[tuple[np.ndarray, Tensor]] = data.load(batches, steps, self.workers)
+
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:
+        _, drawn = next(self.batches)
+        top, left = np.random.default_rng((SEED, 20, step)).integers(0, drawn.shape[-1] - recipe.CROP + 1, 2)
+        crop = drawn[:, :, top : top + recipe.CROP, left : left + recipe.CROP]
+        pixels = data.to_unit(crop.to(self.device))
+        a = self.networks["a"]
+        error = a.decode(a.encode(pixels)) - pixels
+        return error.abs().mean() + error.square().mean()
+
+
+class TrainSemantic(Task):
+    """Pixels to semantic latents to Stage A's latents, by squared error."""
+
+    stage = "semantic"
+
+    def prepare(self, out: Path, quiet: bool) -> None:
+        self.latents = latents_a(out, self.device, self.workers, quiet)
+
+    def begin(self, steps: range) -> None:
+        batches = data.Batches(self.stream, self.plan.batch, len(self.latents))
+        self.batches: Iterator[tuple[np.ndarray, Tensor]] = data.load(batches, steps, self.workers)
+
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:
+        numbers, drawn = next(self.batches)
+        # either way of shrinking a picture must do: callers have both
+        pixels = data.for_semantic(data.to_unit(drawn.to(self.device)), nearest=step % 2 == 1)
+        semantic = self.networks["encoder"](pixels)
+        semantic = semantic + recipe.SEMANTIC_NOISE * self.noise(semantic.shape, rng)
+        target = self.latents[torch.as_tensor(numbers)].to(self.device).float()
+        return F.mse_loss(self.networks["decoder"](semantic), target)
+
+
+class TrainTextC(Task):
+    """Captions to semantic latents: the velocity, by squared error."""
+
+    stage = "text-c"
+
+    def prepare(self, out: Path, quiet: bool) -> None:
+        self.semantic = latents_semantic(out, self.device, self.workers, quiet).to(self.device)
+        self.ids = data.caption_ids(len(self.semantic)).to(self.device)
+        self.empty = torch.from_numpy(encode(build_tokenizer(), [""])[0][0]).to(self.device)
+
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:
+        numbers = self.numbers(step, len(self.semantic)).to(self.device)
+        which, dropped, t = torch.rand(3, len(numbers), generator=rng, device=self.device)
+        ids = self.ids[numbers, (which * recipe.CAPTIONS).long()]
+        ids = torch.where(dropped[:, None] < recipe.CAPTION_DROPOUT, self.empty, ids)
+        hidden, pooled = self.networks["text"].conditions(ids, (ids != PAD_ID).long())
+        x0 = self.semantic[numbers].float()
+        noisy, velocity = diffusion.noised(x0, self.noise(x0.shape, rng), t)
+        image = x0.new_zeros(len(x0), 1, recipe.STAGE_C.clip_image_in_channels or 0)
+        return F.mse_loss(self.networks["c"](noisy, t, pooled, hidden, image), velocity)
+
+
+class TrainB(Task):
+    """Semantic latents to Stage A's latents: the velocity, by squared error."""
+
+    stage = "b"
+
+    def prepare(self, out: Path, quiet: bool) -> None:
+        self.latents = latents_a(out, self.device, self.workers, quiet).to(self.device)
+        self.semantic = latents_semantic(out, self.device, self.workers, quiet)[: len(self.latents)].to(self.device)
+        self.ids = data.caption_ids(len(self.latents)).to(self.device)
+        self.text = trained(out, "text-c", self.device)["text"]
+        self.empty = torch.from_numpy(encode(build_tokenizer(), [""])[0][0]).to(self.device)
+
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:
+        numbers = self.numbers(step, len(self.latents)).to(self.device)
+        which, dropped, blind, high, t = torch.rand(5, len(numbers), generator=rng, device=self.device)
+        ids = self.ids[numbers, (which * recipe.CAPTIONS).long()]
+        ids = torch.where(dropped[:, None] < recipe.CAPTION_DROPOUT, self.empty, ids)
+        with torch.no_grad():
+            _, pooled = self.text.conditions(ids, (ids != PAD_ID).long())
+        semantic = self.semantic[numbers].float()
+        semantic = semantic + recipe.CONDITION_NOISE * self.noise(semantic.shape, rng)
+        semantic = torch.where(blind[:, None, None, None] < recipe.EFFNET_DROPOUT, 0.0, semantic)
+        # the picture is decided while hardly anything of it shows: 40 % of the steps go there
+        t = torch.where(high < 0.4, 0.8 + 0.2 * t, t)
+        x0 = self.latents[numbers].float()
+        noisy, velocity = diffusion.noised(x0, self.noise(x0.shape, rng), t)
+        return F.mse_loss(self.networks["b"](noisy, t, pooled, effnet=semantic), velocity)
+
+
+TASKS: dict[str, type[Task]] = {task.stage: task for task in (TrainA, TrainSemantic, TrainTextC, TrainB)}
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 for the matrix products: half the time on CPUs that have it, and the same pictures."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def latents_a(out: Path, device: torch.device, workers: int, quiet: bool) -> Tensor:
+    """Stage A's latents of the training scenes: float16 [SCENES_B, 4, 64, 64]."""
+    networks = trained(out, "a", device)
+
+    def make(pixels: Tensor) -> Tensor:
+        with autocast(device):
+            latents: Tensor = networks["a"].encode(pixels.to(device))
+        return latents
+
+    return data.kept(
+        out / "latents-a.pt", fingerprint(networks), recipe.SCENES_B, make, "Stage A's latents", workers, quiet
+    )
+
+
+def latents_semantic(out: Path, device: torch.device, workers: int, quiet: bool) -> Tensor:
+    """Semantic latents of the training scenes: float16 [SCENES_C, 16, 6, 6]."""
+    networks = trained(out, "semantic", device)
+
+    def make(pixels: Tensor) -> Tensor:
+        semantic: Tensor = networks["encoder"](data.for_semantic(pixels.to(device)))
+        return semantic
+
+    return data.kept(
+        out / "latents-semantic.pt", fingerprint(networks), recipe.SCENES_C, make, "semantic latents", workers, quiet
+    )
+
+
+def rate_at(step: int, steps: int, peak: float) -> float:
+    """The learning rate: a rise over 100 steps, level, and a fall over the last third."""
+    rise = min(1.0, (step + 1) / 100)
+    fall = min(1.0, (steps - step) / (steps / 3))
+    return peak * rise * fall
+
+
+class Trainer:
+    """A task with its optimizer, the average of its weights, and its file."""
+
+    def __init__(self, task: Task, path: Path) -> None:
+        self.task, self.path, self.step = task, path, 0
+        self.parameters = [p for p in task.networks.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.average = {k: v.clone() for k, v in task.networks.state_dict().items()}
+        if path.is_file():
+            self._load(torch.load(path, map_location=task.device, weights_only=True))
+
+    def _load(self, state: dict[str, object]) -> None:
+        self.task.networks.load_state_dict(state["weights"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        self.average = state["average"]  # type: ignore[assignment]
+        self.step = int(state["step"])  # type: ignore[call-overload]
+
+    def save(self) -> None:
+        data.save(
+            {
+                "step": self.step,
+                "weights": self.task.networks.state_dict(),
+                "average": self.average,
+                "optimizer": self.optimizer.state_dict(),
+            },
+            self.path,
+        )
+
+    def take_step(self, steps: int) -> Tensor:
+        """One optimizer step. Returns the loss as a tensor: reading it would make a GPU wait."""
+        task, plan = self.task, self.task.plan
+        rng = torch.Generator(task.device).manual_seed((SEED * 10 + task.stream) * 10**7 + self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(self.step, steps, plan.rate)
+        with autocast(task.device):
+            loss = task.loss(self.step, rng)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(plan.ema, (1 + self.step) / (10 + self.step))
+        current = task.networks.state_dict()
+        floats = [k for k, v in current.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in floats], [current[k] for k in floats], 1 - keep)
+        return loss.detach()
+
+    def run(self, steps: int, quiet: bool, save_every: float = 60.0) -> None:
+        """Trains up to this number of steps, saving every minute and when interrupted."""
+        if self.step >= steps:
+            return
+        self.task.networks.train()
+        self.task.begin(range(self.step, steps))
+        smooth, saved = 0.0, time.monotonic()
+        bar = tqdm(total=steps, initial=self.step, desc=self.task.stage, unit="step", disable=quiet, mininterval=2)
+        try:
+            while self.step < steps:
+                loss = self.take_step(steps)
+                if self.step % 20 == 0 or self.step == steps:
+                    value = float(loss)
+                    if not np.isfinite(value):
+                        raise TrainingError(
+                            f"stage {self.task.stage}: the loss is {value} at step {self.step}; "
+                            f"{self.path} holds the last good state"
+                        )
+                    smooth = value if smooth == 0 else smooth + 0.1 * (value - smooth)
+                    bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+                    if time.monotonic() - saved > save_every:
+                        self.save()
+                        saved = time.monotonic()
+                bar.update()
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        finally:
+            bar.close()
+        self.save()
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cascade_tiny.train",
+        description="Train cascade-tiny. Stopped training goes on where it was.",
+        epilog="example: python -m cascade_tiny.train --out training --publish training/published",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="what to train (default: all)")
+    parser.add_argument("--steps", type=int, help="steps of each chosen stage (default: the recipe's)")
+    parser.add_argument("--batch", type=int, help="pictures a step (default: the recipe's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures (default: 0, none beside)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--publish", type=Path, metavar="DIR", help="then write the checkpoint folder there")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; use --device cpu")
+    for name in ("steps", "batch", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: a number from 1 is needed")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    arguments = parse_arguments(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for stage in STAGES if arguments.stage == "all" else (arguments.stage,):
+            plan = PLANS[stage]
+            plan = Plan(arguments.steps or plan.steps, arguments.batch or plan.batch, plan.rate, plan.ema)
+            task = TASKS[stage](arguments.out, device, plan, arguments.workers, arguments.quiet)
+            Trainer(task, arguments.out / f"{stage}.pt").run(plan.steps, arguments.quiet)
+        if arguments.publish:
+            from cascade_tiny.publish import publish
+
+            publish(arguments.out, arguments.publish)
+            print(arguments.publish)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
