@@ -1,0 +1,377 @@
+"""An engine bundle on disk: ``cascade.json``, engines, weights, tokenizer.
+
+The dataclasses here are the manifest: the exporter fills them, the runtime reads them, and
+``engines/cascade.schema.json`` publishes them for embedders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import BundleError, BundleNotFoundError
+from .sampling import PREDICTION_TYPES, SAMPLERS, PredictionType, SamplerName
+from .stages import ENGINES, AxisRange, EngineSpec, Precision, TensorSpec
+from .text import PromptTokenizer, TokenizerRecord
+
+FORMAT_VERSION = 1
+MANIFEST = "cascade.json"
+HUB_FETCH_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class LoopDefaults:
+    """How one stage is sampled when the caller does not say."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_rescale: float = 0.0
+    shift: float = 1.0
+    scaler: float = 1.0
+    s: float = 0.008
+
+
+@dataclass(frozen=True)
+class SamplerPreset:
+    """One sampler's defaults.
+
+    Attributes:
+        prior: Stage C.
+        decoder: Stage B.
+        latent_scale: Stage A decodes Stage B's latents times this (0.43 for the authors, 0.3764 for diffusers).
+    """
+
+    prior: LoopDefaults
+    decoder: LoopDefaults
+    latent_scale: float
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What holds for the cascade as a whole.
+
+    Attributes:
+        name: for people.
+        size: ``big``, ``small``, ``tiny`` or ``custom``.
+        source: checkpoint id or file name; never a path of the exporting machine.
+        revision: commit of the source, where there is one.
+        licence: of the weights.
+        height: default picture height in pixels.
+        width: default picture width in pixels.
+        resolution_multiple: pixels a Stage C latent stands for.
+        latent_dim_scale: Stage B latents for one Stage C latent.
+        compression: pixels a Stage B latent stands for.
+        default_sampler: preset that is used when the caller names none.
+    """
+
+    name: str
+    size: str
+    source: str
+    licence: str
+    height: int
+    width: int
+    revision: str | None = None
+    resolution_multiple: float = 42.67
+    latent_dim_scale: float = 10.67
+    compression: int = 4
+    default_sampler: SamplerName = "original"
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """One component of the checkpoint: its config (enough to build it again), weights file and prediction type."""
+
+    config: Mapping[str, Any]
+    weights: str
+    prediction_type: PredictionType | None = None
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One engine file.
+
+    Attributes:
+        spec: its resolved row of `stages.ENGINES`.
+        file: graph or plan, inside the bundle.
+        runtime: ``onnx``, ``tensorrt`` or ``tensorrt-rtx``.
+        precision: of the wide activations and the weights.
+        weights: files that the graph points into.
+        opset: ONNX opset, None for a plan.
+        tools: versions of what made it.
+        verification: figures against fp32 PyTorch; None if the export was told not to verify.
+        target: a plan's GPU: ``{"sm": ..., "version": ...}``.
+    """
+
+    spec: EngineSpec
+    file: str
+    runtime: str
+    precision: Precision
+    weights: tuple[str, ...]
+    opset: int | None
+    tools: Mapping[str, str]
+    verification: Mapping[str, Any] | None = None
+    target: Mapping[str, Any] | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that the engine needs."""
+        return (self.file, *self.weights)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``cascade.json``."""
+
+    model: ModelFacts
+    sampling: Mapping[str, SamplerPreset]
+    models: Mapping[str, ModelRecord] = field(default_factory=dict)
+    engines: Mapping[str, EngineRecord] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tokenizer: TokenizerRecord | None = None
+
+    def to_json(self) -> str:
+        """The text of ``cascade.json``."""
+        engines = []
+        for record in self.engines.values():
+            row = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "spec"}
+            spec = record.spec
+            row |= {
+                "name": spec.name,
+                "inputs": [t.to_json() for t in spec.inputs],
+                "outputs": [t.to_json() for t in spec.outputs],
+                "ranges": {axis: asdict(limits) for axis, limits in spec.ranges.items()},
+            }
+            engines.append(row)
+        document = {
+            "format_version": FORMAT_VERSION,
+            "model": asdict(self.model),
+            "sampling": {name: asdict(preset) for name, preset in self.sampling.items()},
+            "tokenizer": self.tokenizer.to_json() if self.tokenizer else None,
+            "models": {name: asdict(model) for name, model in self.models.items()},
+            "engines": engines,
+            "files": self.files,
+        }
+        return json.dumps(document, indent=1, sort_keys=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Read ``cascade.json``.
+
+        Raises:
+            BundleError: it is no JSON, of a newer format, or lacks or mistypes something.
+        """
+        try:
+            document = json.loads(text)
+            version = document["format_version"]
+            if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+                raise BundleError(
+                    f"{where} has bundle format {version!r}; this cascade-rt reads up to {FORMAT_VERSION}. "
+                    "Upgrade with: pip install -U cascade-rt"
+                )
+            engines = {}
+            for row in document["engines"]:
+                record = _engine_record(row)
+                engines[record.spec.name] = record
+            tokenizer = document["tokenizer"]
+            made = cls(
+                ModelFacts(**document["model"]),
+                {name: _preset(preset) for name, preset in document["sampling"].items()},
+                {name: ModelRecord(**model) for name, model in document["models"].items()},
+                engines,
+                document["files"],
+                TokenizerRecord(**tokenizer) if tokenizer else None,
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{where} is not a readable bundle manifest: {_reason(error)}") from error
+        made._validate(where)
+        return made
+
+    def _validate(self, where: str) -> None:
+        for name in self.files:
+            _inside(name, where)
+        needed = {file for record in self.engines.values() for file in record.files}
+        needed |= {model.weights for model in self.models.values()}
+        needed |= {self.tokenizer.file} if self.tokenizer else set()
+        if missing := sorted(needed - set(self.files)):
+            raise BundleError(f"{where} names {missing[0]!r} but lists no hash for it")
+        if self.model.default_sampler not in self.sampling or not set(self.sampling) <= set(SAMPLERS):
+            raise BundleError(f"{where} has sampler presets {sorted(self.sampling)}; known are {', '.join(SAMPLERS)}")
+        for name, model in self.models.items():
+            if model.prediction_type not in (None, *PREDICTION_TYPES):
+                raise BundleError(f"{where}: {name} has an unknown prediction type {model.prediction_type!r}")
+
+
+def _engine_record(row: dict[str, Any]) -> EngineRecord:
+    name = row["name"]
+    if name not in ENGINES:
+        raise BundleError(f"the manifest names an unknown engine {name!r}; known are {', '.join(ENGINES)}")
+    known = ENGINES[name]
+    spec = EngineSpec(
+        name,
+        known.stage,
+        known.model,
+        tuple(TensorSpec.from_json(t) for t in row["inputs"]),
+        tuple(TensorSpec.from_json(t) for t in row["outputs"]),
+        {axis: AxisRange(**limits) for axis, limits in row["ranges"].items()},
+    )
+    rest = {f.name: row[f.name] for f in fields(EngineRecord) if f.name != "spec"}
+    rest["weights"] = tuple(rest["weights"])
+    return EngineRecord(spec, **rest)
+
+
+def _preset(row: dict[str, Any]) -> SamplerPreset:
+    return SamplerPreset(LoopDefaults(**row["prior"]), LoopDefaults(**row["decoder"]), row["latent_scale"])
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _inside(name: str, where: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise BundleError(f"{where} names {name!r}, which lies outside the bundle; only plain relative names are read")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """The manifest's record of a file."""
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+
+
+class Bundle:
+    """A bundle that lies on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path``.
+
+        Raises:
+            BundleNotFoundError: there is no bundle there.
+            BundleError: its manifest cannot be read, or is of a newer format.
+        """
+        self.path = path
+        manifest = path / MANIFEST
+        try:
+            text = manifest.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleNotFoundError(
+                f"there is no bundle at {path} (no {MANIFEST}); make one with: cascade-export --out {path}"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{manifest} cannot be read: {error}") from error
+        self.manifest = Manifest.from_json(text, str(manifest))
+        self._checked: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.manifest.model.name
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the bundle, once its size and hash are found right.
+
+        Raises:
+            BundleError: it is missing, leads out of the bundle, or is not what the manifest says.
+        """
+        path = self.path / name
+        if name in self._checked:
+            return path
+        record = self.manifest.files[name]
+        try:
+            if not path.resolve(strict=True).is_relative_to(self.path.resolve()):
+                raise BundleError(f"{path} is a link that leads out of the bundle; put the file itself there")
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise BundleError(f"{path} is missing from the bundle; {self._rebuild()}") from None
+        if size != record["bytes"]:
+            raise BundleError(f"{path} has {size} bytes, the manifest says {record['bytes']}; {self._rebuild()}")
+        if sha256_of(path) != record["sha256"]:
+            raise BundleError(f"{path} is damaged: its hash is not the manifest's; {self._rebuild()}")
+        self._checked.add(name)
+        return path
+
+    def engine(self, name: str) -> EngineRecord:
+        """The record of an engine.
+
+        Raises:
+            BundleError: the bundle does not have it.
+        """
+        try:
+            return self.manifest.engines[name]
+        except KeyError:
+            stage, size = ENGINES[name].stage, self.manifest.model.size
+            size = f" --size {size}" if size != "custom" else ""
+            raise BundleError(
+                f"the bundle {self.path} has no engine {name}; add it with: "
+                f"cascade-export --stage {stage}{size} --out {self.path}"
+            ) from None
+
+    def tokenizer(self) -> PromptTokenizer:
+        """The tokenizer.
+
+        Raises:
+            BundleError: the bundle has none, or it is damaged.
+        """
+        record = self.manifest.tokenizer
+        if record is None:
+            raise BundleError(
+                f"the bundle {self.path} has no tokenizer; add it with: cascade-export --stage text --out {self.path}"
+            )
+        return PromptTokenizer(self.file(record.file), record)
+
+    def _rebuild(self) -> str:
+        return f"build the bundle again with: cascade-export --overwrite --out {self.path}"
+
+
+def default_bundle_path() -> Path:
+    """Where the bundle lies that is shipped in the package."""
+    return Path(str(importlib.resources.files("cascade_tiny"))) / "bundle"
+
+
+def find_bundle(place: str | os.PathLike[str] | None) -> Bundle:
+    """Open a bundle by path or hub id; None is the shipped default.
+
+    Raises:
+        BundleNotFoundError: it is neither a folder with a bundle nor a hub id that can be fetched.
+    """
+    if place is None:
+        return Bundle(default_bundle_path())
+    path = Path(place)
+    text = os.fspath(place)
+    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        return Bundle(path.expanduser())
+    return Bundle(_fetch(text))
+
+
+def _fetch(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise BundleNotFoundError(
+            f"there is no folder {hub_id}; to fetch it as a hub id: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(hub_id, etag_timeout=HUB_FETCH_SECONDS))
+    except Exception as error:  # the hub client raises many unrelated types; all mean "not fetched"
+        raise BundleNotFoundError(
+            f"there is no folder {hub_id}, and the hub did not give it ({type(error).__name__}); "
+            "pass the path of a bundle"
+        ) from error

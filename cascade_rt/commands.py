@@ -1,0 +1,46 @@
+"""What all commands share: exit codes, one line for an error, a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from .errors import BundleNotFoundError, CascadeError, MissingCheckpointError, RequestError
+
+DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command and turn what it raises into an exit code and one line on standard error.
+
+    Returns:
+        0 done, 1 the work failed, 2 the request was wrong.
+    """
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command()
+    except (RequestError, BundleNotFoundError, MissingCheckpointError) as error:
+        return _fail(str(error), WRONG_REQUEST)
+    except CascadeError as error:
+        return _fail(str(error), FAILED)
+    except MemoryError:
+        return _fail("there is not enough memory for this", FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing half-written was left behind", FAILED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone, and no message would reach it
+        return FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return DONE
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,147 @@
+"""PyTorch's random numbers in NumPy: the same seed gives the same picture as a torch script.
+
+`TorchCPU` matches ``torch.Generator("cpu").manual_seed(seed)`` with ``torch.randn``
+(matches: ``ATen/native/cpu/DistributionTemplates.h``, ``ATen/core/DistributionsHelper.h``).
+`TorchCUDA` matches ``torch.Generator("cuda")`` (matches: ``ATen/native/cuda/DistributionTemplates.h`` and cuRAND's
+``curand_normal4``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import RequestError
+
+MAX_SEED = 2**64 - 1
+
+
+class Noise(Protocol):
+    """A source of standard normal numbers. Each call goes on where the last one ended."""
+
+    def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Standard normal numbers of ``shape``, float32."""
+        ...
+
+
+def make_noise(kind: str, seed: int | None) -> Noise:
+    """Open a noise source.
+
+    Args:
+        kind: ``torch-cpu`` or ``torch-cuda``.
+        seed: 0..2**64-1; None takes one from the operating system.
+
+    Raises:
+        RequestError: an unknown kind, or a seed that is no integer or out of range.
+    """
+    if seed is None:
+        seed = int(np.random.SeedSequence().generate_state(1)[0])
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= int(seed) <= MAX_SEED:
+        raise RequestError(f"seed {seed!r} is not accepted; it must be an integer from 0 to 2**64 - 1")
+    if kind not in NOISE_KINDS:
+        raise RequestError(f"noise {kind!r} is not known; accepted: {', '.join(NOISE_KINDS)}")
+    return NOISE_KINDS[kind](int(seed))
+
+
+class TorchCPU:
+    """``torch.randn(..., generator=torch.Generator("cpu").manual_seed(seed))``, to 5e-7."""
+
+    def __init__(self, seed: int) -> None:
+        self._bits = np.random.MT19937()
+        self._bits._legacy_seeding(seed & 0xFFFFFFFF)  # type: ignore[attr-defined]  # init_genrand, as torch seeds
+        self._spare: float | None = None
+
+    def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Standard normal numbers of ``shape``, float32."""
+        count = math.prod(shape)
+        if count < 16:
+            return np.array([self._scalar() for _ in range(count)], dtype=np.float32).reshape(shape)
+        uniforms = self._uniform(count)
+        whole = count - count % 16
+        out = np.empty(count, dtype=np.float32)
+        out[:whole] = _box_muller_16(uniforms[:whole])
+        if whole != count:  # torch's rule for a tail: the last sixteen are drawn anew and overwrite what was there
+            out[-16:] = _box_muller_16(self._uniform(16))
+        return out.reshape(shape)
+
+    def _uniform(self, count: int) -> NDArray[np.float32]:
+        raw = self._bits.random_raw(count)
+        return (raw & np.uint64(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
+
+    def _uniform53(self) -> float:
+        high, low = (int(x) for x in self._bits.random_raw(2))
+        return float(((high << 32 | low) & (2**53 - 1)) * 2.0**-53)
+
+    def _scalar(self) -> float:
+        """Fewer than 16 numbers: torch makes them one by one, in pairs, and keeps the second for the next call."""
+        if self._spare is not None:
+            value, self._spare = self._spare, None
+            return value
+        angle, radius = self._uniform53(), self._uniform53()
+        length = math.sqrt(-2.0 * math.log1p(-radius))
+        self._spare = length * math.sin(2.0 * math.pi * angle)
+        return length * math.cos(2.0 * math.pi * angle)
+
+
+def _box_muller_16(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Box-Muller on blocks of sixteen: the first eight give the radius, the last eight the angle."""
+    blocks = uniforms.reshape(-1, 2, 8)
+    radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - blocks[:, 0]))
+    angle = np.float32(2.0 * math.pi) * blocks[:, 1]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+
+
+class TorchCUDA:
+    """``torch.randn(..., device="cuda", generator=torch.Generator("cuda").manual_seed(seed))``.
+
+    torch gives every thread of a launch its own Philox stream, so beyond ``threads`` numbers in one call the layout
+    depends on the GPU. ``threads`` is (multiprocessors x threads per multiprocessor) of the GPU to be matched;
+    the default is an H100's or H200's, 132 x 2048.
+    """
+
+    def __init__(self, seed: int, threads: int = 132 * 2048) -> None:
+        self._key = seed
+        self._offset = 0
+        self._threads = threads
+
+    def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Standard normal numbers of ``shape``, float32."""
+        count = math.prod(shape)
+        threads = max(256, min(-(-count // 256) * 256, self._threads))
+        rounds = max(1, -(-count // (threads * 4)))
+        out = np.empty((rounds, 4, threads), dtype=np.float32)
+        for index in range(rounds):
+            out[index] = _curand_normal4(_philox(self._key, self._offset + index, threads))
+        self._offset += rounds
+        return out.reshape(-1)[:count].reshape(shape)
+
+
+def _philox(key: int, counter: int, threads: int) -> NDArray[np.uint32]:
+    """Philox4x32-10 of one counter for threads 0..n-1 (the subsequences): ``[4, threads]`` uint32."""
+    low = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    x = np.zeros((4, threads), dtype=np.uint64)
+    x[0], x[1] = counter & 0xFFFFFFFF, counter >> 32
+    x[2] = np.arange(threads, dtype=np.uint64)
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    for _ in range(10):
+        p0, p1 = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = np.stack([(p1 >> shift) ^ x[1] ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ x[3] ^ np.uint64(k1), p0 & low])
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return x.astype(np.uint32)
+
+
+def _curand_normal4(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """cuRAND's Box-Muller: ``[4, n]`` bits -> ``[4, n]`` normals (sine, cosine, sine, cosine)."""
+    inverse = np.float32(2.0**-32)
+    inverse_2pi = np.float32(2.0**-32 * 2.0 * math.pi)
+    u = bits[0::2].astype(np.float32) * inverse + inverse / np.float32(2)
+    v = bits[1::2].astype(np.float32) * inverse_2pi + inverse_2pi / np.float32(2)
+    radius = np.sqrt(np.float32(-2.0) * np.log(u))
+    return np.stack([radius * np.sin(v), radius * np.cos(v)], axis=1).reshape(4, -1)
+
+
+NOISE_KINDS: dict[str, type[TorchCPU] | type[TorchCUDA]] = {"torch-cpu": TorchCPU, "torch-cuda": TorchCUDA}

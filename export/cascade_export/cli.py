@@ -1,0 +1,85 @@
+"""``cascade-export``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import cascade_rt
+from cascade_rt.commands import run_command
+from cascade_rt.errors import RequestError
+from cascade_rt.stages import PRECISIONS, STAGES, Precision, StageName
+
+SIZES = ("tiny", "small", "big")
+EXAMPLES = """examples:
+  cascade-export --stage all --size tiny
+  cascade-export --stage c --size big
+  cascade-export --stage all --checkpoint path/to/diffusers-folder --precision fp32 --out my-bundle
+  cascade-export --stage c --size big --checkpoint random:0 --no-verify
+"""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="cascade-export",
+        description="Export stages of Stable Cascade to ONNX, into an engine bundle.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--stage",
+        action="append",
+        choices=(*STAGES, "all"),
+        required=True,
+        help="what to export; repeatable; all: everything that the checkpoint has",
+    )
+    parser.add_argument("--size", choices=SIZES, help="official size (default: tiny where no checkpoint is named)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PLACE",
+        help="diffusers folder, original or ComfyUI .safetensors, bundle, hub id, or random:SEED "
+        "(default: the size's official weights; tiny: the shipped ones)",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of weights and wide activations (default: bf16 for small and big, else fp32)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare with fp32 PyTorch")
+    parser.add_argument("--overwrite", action="store_true", help="replace stages that the bundle has already")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--version", action="version", version=f"cascade-rt {cascade_rt.__version__}")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks."""
+    try:
+        from .checkpoints import open_checkpoint
+        from .exporter import ExportRequest, export
+    except ImportError as error:
+        raise RequestError(
+            f"cascade-export needs {error.name}; install it with: pip install 'cascade-rt[export,onnxruntime]'"
+        ) from error
+    size = args.size if args.size or args.checkpoint else "tiny"
+    every = "all" in args.stage
+    stages: tuple[StageName, ...] = STAGES if every else tuple(dict.fromkeys(args.stage))
+    precision: Precision = args.precision or ("bf16" if size in ("small", "big") else "fp32")
+    assert precision in get_args(Precision)
+    out = args.out if args.out is not None else Path(f"cascade-{size or 'custom'}")
+    checkpoint = open_checkpoint(args.checkpoint, size)
+    request = ExportRequest(stages, precision, out, every, not args.no_verify, args.overwrite, args.quiet)
+    bundle = export(checkpoint, request, print)
+    print(f"bundle: {bundle.path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(lambda: run(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The building blocks of Stable Cascade's denoisers, in channels-last layout.
+
+Every block takes and returns ``[batch, height, width, channels]``. LayerNorm, Linear, GRN and attention work on the
+last axis, so the only operator that wants another layout is the depthwise convolution; in eager PyTorch the permuted
+view is the `channels_last` memory format and costs nothing, and in an exported graph two transposes a residual block
+remain instead of six.
+
+Sub-module names are diffusers', so a checkpoint's keys are this package's state-dict keys.
+Matches: ``diffusers/models/unets/unet_stable_cascade.py`` (checked in ``tests/parity``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6
+GRN_EPS = 1e-6
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last axis without weights, accumulated in float32 whatever the dtype of ``x``."""
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` as a module: it holds the place that diffusers' norm has in an ``nn.Sequential``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1 x 1 convolution with a convolution's weight ``[out, in, 1, 1]``, applied to the last axis as a Linear."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class ChannelsLast(nn.Module):
+    """Mixin for convolutions: lets an NCHW convolution be called on ``[B, H, W, C]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x.permute(0, 3, 1, 2))
+        return y.permute(0, 2, 3, 1)
+
+
+class Conv2d(ChannelsLast, nn.Conv2d):
+    """``nn.Conv2d`` on ``[B, H, W, C]``."""
+
+
+class ConvTranspose2d(ChannelsLast, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` on ``[B, H, W, C]``."""
+
+
+class GlobalResponseNorm(nn.Module):
+    """ConvNeXt V2's global response normalisation over height and width.
+
+    The reduction runs in float32: a half-precision sum of squares over 24 x 24 positions overflows at a root mean
+    square of 10. ``gamma * (x * n) + beta + x`` is computed as ``x * (1 + gamma * n) + beta``, which touches the wide
+    activation twice instead of four times.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        response = torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True)
+        response = response / (response.mean(dim=-1, keepdim=True) + GRN_EPS)
+        scale = (1 + self.gamma.float() * response).to(x.dtype)
+        return x * scale + self.beta
+
+
+class ResBlock(nn.Module):
+    """Depthwise convolution, LayerNorm, and a gated MLP of four times the width; ``skip`` joins before the MLP."""
+
+    def __init__(self, channels: int, skip_channels: int, kernel_size: int, dropout: float) -> None:
+        super().__init__()
+        self.depthwise = Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.channelwise = nn.Sequential(
+            nn.Linear(channels + skip_channels, channels * 4),
+            nn.GELU(),
+            GlobalResponseNorm(channels * 4),
+            nn.Dropout(dropout),
+            nn.Linear(channels * 4, channels),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Return ``x`` plus the residual.
+
+        Args:
+            x: ``[B, H, W, C]``.
+            skip: ``[B, H, W, C_skip]``, needed exactly when the block was made with ``skip_channels > 0``.
+        """
+        h = layer_norm(self.depthwise(x))
+        if skip is not None:
+            h = torch.cat([h, skip], dim=-1)
+        y: Tensor = self.channelwise(h)
+        return x + y
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift by the timestep. `modulation` is the part that does not depend on the latents."""
+
+    def __init__(self, channels: int, embedding_dim: int, conditions: tuple[str, ...]) -> None:
+        super().__init__()
+        self.channels = channels
+        self.mapper = nn.Linear(embedding_dim, channels * 2)
+        self.condition_mappers = tuple(f"mapper_{name}" for name in conditions)
+        for name in self.condition_mappers:
+            setattr(self, name, nn.Linear(embedding_dim, channels * 2))
+
+    def modulation(self, embedding: Tensor, zero_embedding: Tensor) -> Tensor:
+        """``[1 + a | b]`` for every row of ``embedding``, in float32.
+
+        The extra conditions (`sca`, `crp`) are always zero at inference; their mappers see ``zero_embedding``.
+
+        Args:
+            embedding: ``[rows, embedding_dim]`` float32, sinusoidal embedding of the timestep ratios.
+            zero_embedding: ``[1, embedding_dim]`` float32, the embedding of ratio 0.
+
+        Returns:
+            ``[rows, 2 * channels]`` float32.
+        """
+        total = _linear_fp32(self.mapper, embedding)
+        for name in self.condition_mappers:
+            total = total + _linear_fp32(getattr(self, name), zero_embedding)
+        scale, shift = total.chunk(2, dim=-1)
+        return torch.cat([1 + scale, shift], dim=-1)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Apply ``modulation`` ``[rows, 2 * channels]`` (rows: 1 or the batch) to ``x`` ``[B, H, W, C]``."""
+        scale, shift = modulation[:, None, None, :].chunk(2, dim=-1)
+        return x * scale + shift
+
+
+def _linear_fp32(linear: nn.Linear, x: Tensor) -> Tensor:
+    """``linear(x)`` in float32, also when the weights are stored in half precision (the timestep path stays exact)."""
+    return F.linear(x, linear.weight.float(), linear.bias.float())
+
+
+class Attention(nn.Module):
+    """Multi-head attention of image tokens over themselves and the condition tokens.
+
+    Keys and values of the condition tokens come in ready made (`condition_kv`): they are the same in every step.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = channels // heads * heads
+        self.inner = inner
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+
+    def condition_kv(self, condition: Tensor) -> Tensor:
+        """Keys and values of the condition tokens: ``[B, T, channels]`` -> ``[2, B, T, inner]``."""
+        return torch.stack([self.to_k(condition), self.to_v(condition)])
+
+    def forward(self, x: Tensor, condition_kv: Tensor, self_attention: bool) -> Tensor:
+        """Attend.
+
+        Args:
+            x: normalised image tokens ``[B, N, channels]``.
+            condition_kv: ``[2, B, T, inner]`` from `condition_kv`.
+            self_attention: whether image tokens are keys too.
+
+        Returns:
+            ``[B, N, channels]``.
+        """
+        key, value = condition_kv.unbind(0)
+        if self_attention:
+            key = torch.cat([self.to_k(x), key], dim=1)
+            value = torch.cat([self.to_v(x), value], dim=1)
+        query, key, value = (self._split_heads(t) for t in (self.to_q(x), key, value))
+        out = F.scaled_dot_product_attention(query, key, value)
+        y: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))
+        return y
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.inner // self.heads)).transpose(1, 2)
+
+
+class AttnBlock(nn.Module):
+    """LayerNorm, attention over image and condition tokens, residual."""
+
+    def __init__(self, channels: int, condition_dim: int, heads: int, self_attention: bool) -> None:
+        super().__init__()
+        self.self_attention = self_attention
+        self.attention = Attention(channels, heads)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, channels))
+
+    def condition_kv(self, condition: Tensor) -> Tensor:
+        """Condition tokens ``[B, T, condition_dim]`` -> their keys and values ``[2, B, T, inner]``."""
+        return self.attention.condition_kv(self.kv_mapper(condition))
+
+    def forward(self, x: Tensor, condition_kv: Tensor) -> Tensor:
+        """``x`` ``[B, H, W, C]`` plus attention over itself and ``condition_kv`` ``[2, B, T, inner]``."""
+        tokens = layer_norm(x).flatten(1, 2)
+        out = self.attention(tokens, condition_kv, self.self_attention)
+        return x + out.unflatten(1, x.shape[1:3])

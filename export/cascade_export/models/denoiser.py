@@ -1,0 +1,466 @@
+"""Stage C and Stage B: one network, two configurations.
+
+The forward pass is split where the loop splits it. `Denoiser.context` holds everything that depends on the prompt or
+the schedule but not on the latents, and runs once a picture; `Denoiser.step` is what runs in every step.
+Matches: ``diffusers/models/unets/unet_stable_cascade.py``, ``StableCascade/modules/stage_c.py`` and ``stage_b.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade_rt.errors import CheckpointError
+
+from .blocks import (
+    AttnBlock,
+    Conv2d,
+    ConvTranspose2d,
+    LayerNorm,
+    Pointwise,
+    ResBlock,
+    TimestepBlock,
+    layer_norm,
+)
+
+BLOCK_TYPES = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+_RES, _TIME, _ATTN = BLOCK_TYPES
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Architecture of a denoiser, in diffusers' ``StableCascadeUNet`` words (its ``config.json``).
+
+    ``up_*`` lists are given deepest level first, as in every published config.
+    """
+
+    in_channels: int = 16
+    out_channels: int = 16
+    timestep_ratio_embedding_dim: int = 64
+    patch_size: int = 1
+    conditioning_dim: int = 2048
+    block_out_channels: tuple[int, ...] = (2048, 2048)
+    num_attention_heads: tuple[int, ...] = (32, 32)
+    down_num_layers_per_block: tuple[int, ...] = (8, 24)
+    up_num_layers_per_block: tuple[int, ...] = (24, 8)
+    down_blocks_repeat_mappers: tuple[int, ...] = (1, 1)
+    up_blocks_repeat_mappers: tuple[int, ...] = (1, 1)
+    block_types_per_layer: tuple[tuple[str, ...], ...] = (BLOCK_TYPES, BLOCK_TYPES)
+    clip_text_in_channels: int | None = None
+    clip_text_pooled_in_channels: int = 1280
+    clip_image_in_channels: int | None = None
+    clip_seq: int = 4
+    effnet_in_channels: int | None = None
+    pixel_mapper_in_channels: int | None = None
+    kernel_size: int = 3
+    dropout: tuple[float, ...] = (0.1, 0.1)
+    self_attn: tuple[bool, ...] = (True, True)
+    timestep_conditioning_type: tuple[str, ...] = ("sca", "crp")
+    switch_level: tuple[bool, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> DenoiserConfig:
+        """Read diffusers' ``config.json``; scalars that diffusers broadcasts over the levels are broadcast here.
+
+        Raises:
+            CheckpointError: an unknown block type, lists of unequal length, or a field of the wrong kind.
+        """
+        known = {f.name for f in fields(cls)}
+        values = {k: _freeze(v) for k, v in config.items() if k in known}
+        try:
+            levels = len(values.get("block_out_channels", cls.block_out_channels))
+            for name in ("dropout", "self_attn"):
+                value = values.get(name, getattr(cls, name)[0])
+                values[name] = value if isinstance(value, tuple) else (value,) * levels
+            made = cls(**values)
+            made._validate()
+        except TypeError as error:
+            raise CheckpointError(f"this denoiser config cannot be read: {error}") from error
+        return made
+
+    def _validate(self) -> None:
+        levels = len(self.block_out_channels)
+        per_level = (
+            "num_attention_heads down_num_layers_per_block up_num_layers_per_block down_blocks_repeat_mappers "
+            "up_blocks_repeat_mappers block_types_per_layer dropout self_attn"
+        ).split()
+        for name in per_level:
+            if len(getattr(self, name)) != levels:
+                raise CheckpointError(
+                    f"config field {name} has {len(getattr(self, name))} entries, but block_out_channels has {levels}"
+                )
+        if self.switch_level is not None and len(self.switch_level) != levels - 1:
+            raise CheckpointError(
+                f"config field switch_level has {len(self.switch_level)} entries; {levels} levels need {levels - 1}"
+            )
+        for level, types in enumerate(self.block_types_per_layer):
+            for name in types:
+                if name not in BLOCK_TYPES:
+                    raise CheckpointError(
+                        f"config field block_types_per_layer names an unknown block {name!r}; "
+                        f"known are {', '.join(BLOCK_TYPES)}"
+                    )
+            if _ATTN in types and not 0 < self.num_attention_heads[level] <= self.block_out_channels[level]:
+                raise CheckpointError(
+                    f"level {level} has attention blocks but num_attention_heads is {self.num_attention_heads[level]}"
+                )
+            if level < levels - 1 and types[:1] != (_RES,):
+                raise CheckpointError(
+                    f"level {level} begins with {types[:1]}; the skip connection needs a {_RES} there"
+                )
+        if self.kernel_size % 2 == 0:
+            raise CheckpointError(f"kernel_size {self.kernel_size} is even; the residual blocks need an odd one")
+
+    @property
+    def levels(self) -> int:
+        """Number of resolutions."""
+        return len(self.block_out_channels)
+
+    @property
+    def is_prior(self) -> bool:
+        """Whether this is a Stage C: conditioned on text tokens and image embeddings."""
+        return self.clip_text_in_channels is not None
+
+    @property
+    def granularity(self) -> int:
+        """Height and width of the latents must be multiples of this for every level to divide evenly."""
+        halvings = self.levels - 1 if self.switch_level is None else sum(self.switch_level)
+        return int(self.patch_size * 2**halvings)
+
+    @property
+    def modulation_size(self) -> int:
+        """Columns of the modulation table: ``2 * channels`` for every TimestepBlock, in execution order."""
+        return sum(
+            2 * width * types.count(_TIME) * (down + up)
+            for width, types, down, up in zip(
+                self.block_out_channels,
+                self.block_types_per_layer,
+                self.down_num_layers_per_block,
+                self.up_num_layers_per_block[::-1],
+                strict=True,
+            )
+        )
+
+    @property
+    def attention_levels(self) -> dict[int, tuple[int, int]]:
+        """``{level: (number of attention blocks, width of their keys)}`` for the levels that have attention."""
+        found = {}
+        for level, types in enumerate(self.block_types_per_layer):
+            layers = self.down_num_layers_per_block[level] + self.up_num_layers_per_block[::-1][level]
+            if count := types.count(_ATTN) * layers:
+                heads = self.num_attention_heads[level]
+                found[level] = (count, self.block_out_channels[level] // heads * heads)
+        return found
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+class Context(NamedTuple):
+    """What one prompt and one schedule mean to a denoiser; the same for every step.
+
+    Attributes:
+        modulation: ``[steps, M]``: scale and shift of every TimestepBlock for every timestep of the schedule.
+        kv: for each level with attention ``[blocks, 2, B, T, inner]``: keys and values of the condition tokens.
+        condition_map: ``[B, H, W, C]``, Stage B only: the effnet and pixel maps, added after the embedding.
+    """
+
+    modulation: Tensor
+    kv: tuple[Tensor, ...]
+    condition_map: Tensor | None
+
+
+class Rescale(nn.Module):
+    """A level change without a strided convolution: 1 x 1 convolution and, where switched on, bilinear resampling.
+
+    Only configs with ``switch_level`` have it; the published Stage C switches it off, so it is a plain projection.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scale: float | None, up: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        # diffusers keeps the projection at index 0 on the way down and at index 1 on the way up
+        projection = Pointwise(in_channels, out_channels)
+        self.blocks = nn.ModuleList([nn.Identity(), projection] if up else [projection, nn.Identity()])
+        self.up = up
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up:
+            return self.blocks[1](self._resample(x))  # type: ignore[no-any-return]
+        return self._resample(self.blocks[0](x))
+
+    def _resample(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return x
+        y = F.interpolate(
+            x.float().permute(0, 3, 1, 2), scale_factor=self.scale, mode="bilinear", align_corners=True
+        )
+        return y.permute(0, 2, 3, 1).to(x.dtype)
+
+
+class Denoiser(nn.Module):
+    """Stage C (text -> 16 x h x w latents) or Stage B (those -> 4 x H/4 x W/4 latents)."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, patch = config.block_out_channels, config.patch_size
+        if config.effnet_in_channels is not None:
+            self.effnet_mapper = _map_to(config.effnet_in_channels, widths[0])
+        if config.pixel_mapper_in_channels is not None:
+            self.pixels_mapper = _map_to(config.pixel_mapper_in_channels, widths[0])
+        tokens = config.conditioning_dim * config.clip_seq
+        self.clip_txt_pooled_mapper = nn.Linear(config.clip_text_pooled_in_channels, tokens)
+        if config.clip_text_in_channels is not None:
+            self.clip_txt_mapper = nn.Linear(config.clip_text_in_channels, config.conditioning_dim)
+        if config.clip_image_in_channels is not None:
+            self.clip_img_mapper = nn.Linear(config.clip_image_in_channels, tokens)
+        self.embedding = nn.Sequential(
+            nn.PixelUnshuffle(patch), Pointwise(config.in_channels * patch**2, widths[0]), LayerNorm()
+        )
+        self.down_blocks, self.down_downscalers = nn.ModuleList(), nn.ModuleList()
+        self.down_repeat_mappers = nn.ModuleList()
+        self.up_blocks, self.up_upscalers = nn.ModuleList(), nn.ModuleList()
+        self.up_repeat_mappers = nn.ModuleList()
+        for level in range(config.levels):
+            self.down_downscalers.append(self._level_change(level, up=False) if level else nn.Identity())
+            self.down_blocks.append(self._blocks(level, up=False))
+            self.down_repeat_mappers.append(_repeats(widths[level], config.down_blocks_repeat_mappers[level]))
+        for level in reversed(range(config.levels)):
+            self.up_upscalers.append(self._level_change(level, up=True) if level else nn.Identity())
+            self.up_blocks.append(self._blocks(level, up=True))
+            self.up_repeat_mappers.append(_repeats(widths[level], config.up_blocks_repeat_mappers[::-1][level]))
+        self.clf = nn.Sequential(
+            LayerNorm(), Pointwise(widths[0], config.out_channels * patch**2), nn.PixelShuffle(patch)
+        )
+
+    def _blocks(self, level: int, up: bool) -> nn.ModuleList:
+        c, width = self.config, self.config.block_out_channels[level]
+        layers = c.up_num_layers_per_block[::-1][level] if up else c.down_num_layers_per_block[level]
+        blocks = nn.ModuleList()
+        for layer in range(layers):
+            for position, kind in enumerate(c.block_types_per_layer[level]):
+                if kind == _RES:
+                    has_skip = up and level < c.levels - 1 and layer == position == 0
+                    skip = width if has_skip else 0
+                    blocks.append(ResBlock(width, skip, c.kernel_size, c.dropout[level]))
+                elif kind == _TIME:
+                    blocks.append(
+                        TimestepBlock(width, c.timestep_ratio_embedding_dim, c.timestep_conditioning_type)
+                    )
+                else:
+                    heads = c.num_attention_heads[level]
+                    blocks.append(AttnBlock(width, c.conditioning_dim, heads, c.self_attn[level]))
+        return blocks
+
+    def _level_change(self, level: int, up: bool) -> nn.Sequential:
+        outer, inner = self.config.block_out_channels[level - 1], self.config.block_out_channels[level]
+        source, target = (inner, outer) if up else (outer, inner)
+        change: nn.Module
+        if self.config.switch_level is not None:
+            scale = (2.0 if up else 0.5) if self.config.switch_level[level - 1] else None
+            change = Rescale(source, target, scale, up)
+        elif up:
+            change = ConvTranspose2d(source, target, kernel_size=2, stride=2)
+        else:
+            change = Conv2d(source, target, kernel_size=2, stride=2)
+        return nn.Sequential(LayerNorm(), change)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, in which the wide activations are kept."""
+        return self.clip_txt_pooled_mapper.weight.dtype
+
+    def context(
+        self,
+        timestep_embedding: Tensor,
+        clip_text_pooled: Tensor,
+        clip_text: Tensor | None = None,
+        clip_img: Tensor | None = None,
+        effnet: Tensor | None = None,
+    ) -> Context:
+        """Everything that does not depend on the latents.
+
+        Args:
+            timestep_embedding: ``[steps, D]`` float32, `timestep_embedding` of the schedule's ratios.
+            clip_text_pooled: ``[B, 1, P]`` float32.
+            clip_text: Stage C: ``[B, L, E]`` float32, last hidden state of the text encoder.
+            clip_img: Stage C: ``[B, n, I]`` float32, image embeddings; zeros where there is no image.
+            effnet: Stage B: ``[B, 16, H / patch, W / patch]`` float32: Stage C's latents, already resized
+                (bilinear, corners aligned) to the grid on which the network works. The host resizes, so that no
+                graph needs a Resize, which engines lack in bfloat16.
+
+        Returns:
+            The context, in the dtype of the weights.
+        """
+        condition = self._condition_tokens(clip_text_pooled, clip_text, clip_img)
+        kv = tuple(
+            torch.stack([block.condition_kv(condition) for block in blocks])
+            for blocks in self._attention_blocks().values()
+        )
+        zero = _embedding_of_zero(timestep_embedding)
+        table = [block.modulation(timestep_embedding, zero) for block in self._timestep_blocks()]
+        if table:
+            modulation = torch.cat(table, dim=-1).to(self.dtype)
+        else:
+            modulation = timestep_embedding[:, :0].to(self.dtype)
+        return Context(modulation, kv, self._condition_map(effnet))
+
+    def step(self, latents: Tensor, step: Tensor, context: Context) -> Tensor:
+        """One denoising step: the network's prediction for ``latents`` at row ``step`` of the modulation table.
+
+        Args:
+            latents: ``[B, C, H, W]`` float32; H and W multiples of ``config.granularity``.
+            step: ``[1]`` int64, row of ``context.modulation``.
+            context: from `context`.
+
+        Returns:
+            ``[B, C_out, H, W]`` float32.
+        """
+        return self._denoise(latents, context.modulation.index_select(0, step), context)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep_ratio: Tensor,
+        clip_text_pooled: Tensor,
+        clip_text: Tensor | None = None,
+        clip_img: Tensor | None = None,
+        effnet: Tensor | None = None,
+    ) -> Tensor:
+        """The whole network, with diffusers' argument names: context and step in one call.
+
+        Args:
+            sample: ``[B, C, H, W]`` latents.
+            timestep_ratio: ``[B]`` float32 in [0, 1]; every sample may have its own.
+            clip_text_pooled: ``[B, 1, P]``.
+            clip_text: Stage C: ``[B, L, E]``.
+            clip_img: Stage C: ``[B, n, I]``.
+            effnet: Stage B: ``[B, 16, h, w]`` of any size; resized here.
+
+        Returns:
+            Prediction ``[B, C_out, H, W]`` float32.
+        """
+        if effnet is not None:
+            size = [s // self.config.patch_size for s in sample.shape[-2:]]
+            effnet = F.interpolate(effnet.float(), size=size, mode="bilinear", align_corners=True)
+        embedding = timestep_embedding(timestep_ratio, self.config.timestep_ratio_embedding_dim)
+        context = self.context(embedding, clip_text_pooled, clip_text, clip_img, effnet)
+        return self._denoise(sample, context.modulation, context)
+
+    def _denoise(self, latents: Tensor, modulation: Tensor, context: Context) -> Tensor:
+        unshuffle, project, norm = self.embedding
+        x = norm(project(unshuffle(latents.to(self.dtype)).permute(0, 2, 3, 1)))
+        if context.condition_map is not None:
+            x = x + context.condition_map
+        time_blocks, attn_blocks = self._timestep_blocks(), self._attention_blocks()
+        rows = dict(zip(time_blocks, modulation.split([2 * b.channels for b in time_blocks], dim=-1), strict=True))
+        kvs = {
+            block: kv
+            for blocks, level_kv in zip(attn_blocks.values(), context.kv, strict=True)
+            for block, kv in zip(blocks, level_kv.unbind(0), strict=True)
+        }
+
+        def run(x: Tensor, blocks: nn.ModuleList, repeats: nn.ModuleList, skip: Tensor | None = None) -> Tensor:
+            for turn in range(len(repeats) + 1):
+                for position, block in enumerate(blocks):
+                    if isinstance(block, ResBlock):
+                        x = block(x, skip if position == 0 else None)
+                    elif isinstance(block, TimestepBlock):
+                        x = block(x, rows[block])
+                    else:
+                        x = block(x, kvs[block])
+                if turn < len(repeats):
+                    x = repeats[turn](x)
+            return x
+
+        skips: list[Tensor | None] = []
+        for blocks, scaler, repeats in zip(
+            self.down_blocks, self.down_downscalers, self.down_repeat_mappers, strict=True
+        ):
+            x = run(scaler(x), blocks, repeats)
+            skips.append(x)
+        skips[-1] = None  # the deepest level goes straight on
+        for blocks, scaler, repeats in zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers, strict=True):
+            x = scaler(run(x, blocks, repeats, skips.pop()))
+        norm, project, shuffle = self.clf
+        y: Tensor = shuffle(project(norm(x)).permute(0, 3, 1, 2))
+        return y.float()
+
+    def _condition_tokens(self, pooled: Tensor, text: Tensor | None, image: Tensor | None) -> Tensor:
+        def tokens(mapper: nn.Linear, x: Tensor) -> Tensor:
+            return mapper(x.to(self.dtype)).unflatten(-1, (self.config.clip_seq, -1)).flatten(1, 2)
+
+        condition = tokens(self.clip_txt_pooled_mapper, pooled)
+        if self.config.is_prior:
+            if text is None or image is None:
+                raise ValueError("a Stage C needs clip_text and clip_img beside clip_text_pooled")
+            text = self.clip_txt_mapper(text.to(self.dtype))
+            condition = torch.cat([text, condition, tokens(self.clip_img_mapper, image)], dim=1)
+        return layer_norm(condition)
+
+    def _condition_map(self, effnet: Tensor | None) -> Tensor | None:
+        if (effnet is None) != (self.config.effnet_in_channels is None):
+            raise ValueError("effnet is needed by a Stage B and by nothing else")
+        if effnet is None:
+            return None
+        result: Tensor = self.effnet_mapper(effnet.to(self.dtype).permute(0, 2, 3, 1))
+        if self.config.pixel_mapper_in_channels is not None:
+            # inference always passes zero pixels, and the map of a constant picture is constant: one vector
+            zero = effnet.new_zeros(1, 1, 1, self.config.pixel_mapper_in_channels, dtype=self.dtype)
+            result = result + self.pixels_mapper(zero)
+        return result
+
+    def _timestep_blocks(self) -> list[TimestepBlock]:
+        stacks = (*self.down_blocks, *self.up_blocks)
+        return [block for stack in stacks for block in stack if isinstance(block, TimestepBlock)]
+
+    def _attention_blocks(self) -> dict[int, list[AttnBlock]]:
+        """``{level: attention blocks, down before up}`` for the levels that have any."""
+        found: dict[int, list[AttnBlock]] = {}
+        for level in self.config.attention_levels:
+            stacks = (self.down_blocks[level], self.up_blocks[self.config.levels - 1 - level])
+            found[level] = [block for stack in stacks for block in stack if isinstance(block, AttnBlock)]
+        return found
+
+
+def timestep_embedding(timestep_ratio: Tensor, dim: int, max_positions: int = 10000) -> Tensor:
+    """Sinusoidal embedding of timestep ratios, in float32 as the authors compute it.
+
+    Args:
+        timestep_ratio: ``[N]`` float32 in [0, 1]. Half precision is refused: ``r * 10000`` in bfloat16 is off by 40.
+        dim: width of the embedding.
+        max_positions: scale of the ratio and largest period.
+
+    Returns:
+        ``[N, dim]`` float32: sines, cosines, and a zero column if ``dim`` is odd.
+    """
+    if timestep_ratio.dtype != torch.float32:
+        raise TypeError(f"timestep_ratio must be float32, not {timestep_ratio.dtype}")
+    half = dim // 2
+    exponents = torch.arange(half, device=timestep_ratio.device).float()
+    frequencies = exponents.mul(-math.log(max_positions) / (half - 1)).exp()
+    angles = (timestep_ratio * max_positions)[:, None] * frequencies[None, :]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+def _embedding_of_zero(like: Tensor) -> Tensor:
+    """`timestep_embedding` of ratio 0, ``[1, D]``: zeros for the sines, ones for the cosines."""
+    dim = like.shape[-1]
+    half = dim // 2
+    row = [0.0] * half + [1.0] * half + [0.0] * (dim % 2)
+    return torch.tensor([row], dtype=torch.float32, device=like.device)
+
+
+def _map_to(in_channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(Pointwise(in_channels, width * 4), nn.GELU(), Pointwise(width * 4, width), LayerNorm())
+
+
+def _repeats(width: int, repeat: int) -> nn.ModuleList:
+    return nn.ModuleList([Pointwise(width, width) for _ in range(repeat - 1)])

@@ -1,0 +1,177 @@
+"""The official sizes: architectures, where their weights are, and how they are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any, Literal, get_args
+
+from cascade_rt.bundle import BundleNotFoundError, LoopDefaults, SamplerPreset, default_bundle_path, find_bundle
+
+from .models import DenoiserConfig, EffNetConfig, StageAConfig
+from .models.denoiser import BLOCK_TYPES
+
+Size = Literal["tiny", "small", "big"]
+SIZES: tuple[Size, ...] = get_args(Size)
+
+PRIOR_REPO = "stabilityai/stable-cascade-prior"
+DECODER_REPO = "stabilityai/stable-cascade"
+OFFICIAL_LICENCE = "Stability AI non-commercial research community licence"
+AUTHORS_LATENT_SCALE = 0.43
+DIFFUSERS_LATENT_SCALE = 0.3764
+
+_CONV_BLOCKS = BLOCK_TYPES[:2]
+_PRIOR = DenoiserConfig(clip_text_in_channels=1280, clip_image_in_channels=768, switch_level=(False,))
+_DECODER = DenoiserConfig(
+    in_channels=4,
+    out_channels=4,
+    patch_size=2,
+    conditioning_dim=1280,
+    block_out_channels=(320, 640, 1280, 1280),
+    num_attention_heads=(-1, -1, 20, 20),
+    down_num_layers_per_block=(2, 6, 28, 6),
+    up_num_layers_per_block=(6, 28, 6, 2),
+    down_blocks_repeat_mappers=(1, 1, 1, 1),
+    up_blocks_repeat_mappers=(3, 3, 2, 2),
+    block_types_per_layer=(_CONV_BLOCKS, _CONV_BLOCKS, BLOCK_TYPES, BLOCK_TYPES),
+    effnet_in_channels=16,
+    pixel_mapper_in_channels=3,
+    dropout=(0.0, 0.0, 0.1, 0.1),
+    self_attn=(True, True, True, True),
+    timestep_conditioning_type=("sca",),
+)
+_CLIP_G = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "projection_dim": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+}
+_CLIP_L_VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "projection_dim": 768,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+}
+_SHARED: dict[str, dict[str, Any]] = {
+    "text_encoder": _CLIP_G,
+    "image_encoder": _CLIP_L_VISION,
+    "stage_a": asdict(StageAConfig()),
+    "effnet": asdict(EffNetConfig()),
+    "previewer": {},
+}
+CONFIGS: dict[Size, dict[str, dict[str, Any]]] = {
+    "big": {"stage_c": asdict(_PRIOR), "stage_b": asdict(_DECODER), **_SHARED},
+    "small": {
+        "stage_c": asdict(
+            replace(
+                _PRIOR,
+                conditioning_dim=1536,
+                block_out_channels=(1536, 1536),
+                num_attention_heads=(24, 24),
+                down_num_layers_per_block=(4, 12),
+                up_num_layers_per_block=(12, 4),
+            )
+        ),
+        "stage_b": asdict(
+            replace(
+                _DECODER,
+                block_out_channels=(320, 576, 1152, 1152),
+                num_attention_heads=(-1, 9, 18, 18),
+                down_num_layers_per_block=(2, 4, 14, 4),
+                up_num_layers_per_block=(4, 14, 4, 2),
+                up_blocks_repeat_mappers=(2, 2, 2, 2),
+            )
+        ),
+        **_SHARED,
+    },
+}
+"""Component configs of the official sizes (facts: the published ``config.json`` files)."""
+
+_UNTRAINED_TINY: dict[str, dict[str, Any]] = {
+    "stage_c": asdict(
+        replace(
+            _PRIOR,
+            conditioning_dim=64,
+            block_out_channels=(64, 64),
+            num_attention_heads=(2, 2),
+            down_num_layers_per_block=(1, 2),
+            up_num_layers_per_block=(2, 1),
+            clip_text_in_channels=64,
+            clip_text_pooled_in_channels=64,
+            clip_image_in_channels=64,
+        )
+    ),
+    "stage_b": asdict(
+        replace(
+            _DECODER,
+            conditioning_dim=64,
+            block_out_channels=(32, 48, 64),
+            num_attention_heads=(-1, -1, 2),
+            down_num_layers_per_block=(1, 1, 1),
+            up_num_layers_per_block=(1, 1, 1),
+            down_blocks_repeat_mappers=(1, 1, 1),
+            up_blocks_repeat_mappers=(1, 1, 1),
+            block_types_per_layer=(_CONV_BLOCKS, _CONV_BLOCKS, BLOCK_TYPES),
+            clip_text_pooled_in_channels=64,
+            dropout=(0.0, 0.0, 0.0),
+            self_attn=(True, True, True),
+        )
+    ),
+    "stage_a": asdict(StageAConfig(bottleneck_blocks=2, embed_dim=64, num_vq_embeddings=16, scale_factor=1.0)),
+    "text_encoder": _CLIP_G
+    | {
+        "vocab_size": 514,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "projection_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
+        "pad_token_id": 513,
+    },
+}
+
+
+def config_of(size: Size, component: str) -> dict[str, Any] | None:
+    """The config of a component, None if the size has no such component.
+
+    The tiny cascade's architecture is written in its shipped bundle and nowhere else.
+    """
+    if size != "tiny":
+        return CONFIGS[size][component]
+    try:
+        models = find_bundle(default_bundle_path()).manifest.models
+    except BundleNotFoundError:
+        return _UNTRAINED_TINY.get(component)
+    return dict(models[component].config) if component in models else None
+
+
+def default_sampling(latent_scale: float, scaler: float = 1.0, s: float = 0.008) -> dict[str, SamplerPreset]:
+    """The authors' and diffusers' settings.
+
+    Args:
+        latent_scale: of the Stage A config. The authors decode with 0.43 where diffusers' config says 0.3764; a
+            checkpoint with another value was trained with it, and both samplers use it.
+        scaler: of the diffusers scheduler config.
+        s: of the diffusers scheduler config.
+    """
+    authors = AUTHORS_LATENT_SCALE if latent_scale == DIFFUSERS_LATENT_SCALE else latent_scale
+    return {
+        "original": SamplerPreset(
+            LoopDefaults(20, 4.0, guidance_rescale=0.7, shift=2.0), LoopDefaults(10, 1.1, guidance_rescale=0.7), authors
+        ),
+        "diffusers": SamplerPreset(
+            LoopDefaults(20, 4.0, scaler=scaler, s=s), LoopDefaults(10, 0.0, scaler=scaler, s=s), latent_scale
+        ),
+    }

@@ -1,0 +1,224 @@
+"""Module -> ONNX graph without weights in memory.
+
+The module is traced over fake tensors, every weight keeps its checkpoint key as the initializer's name, and the saved
+graph points into a safetensors file. Why each step is needed is said beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cascade_rt.errors import ExportError
+from cascade_rt.stages import EngineSpec, Precision
+
+from .graphs import CALLS, Feeds
+from .models import build_model
+
+TORCH_DTYPE: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+}
+WEIGHT_DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# 20 is the first opset with Gelu; 22 the first whose convolutions are defined for bfloat16
+OPSET: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
+# example sizes of dynamic axes in units of their grid: all different, none 0 or 1, so that torch specialises nothing
+_EXAMPLE = {"batch": 2, "steps": 3, "tokens": 7, "images": 4, "condition_tokens": 11, "height": 5, "width": 6}
+_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph and the weights that it uses, by checkpoint key."""
+
+    model: ir.Model
+    weights: tuple[str, ...]
+    opset: int
+
+
+class _Graph(nn.Module):
+    """One engine as a module with one argument, the named inputs."""
+
+    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Feeds], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.model = model
+        self._call = call
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return self._call(self.model, inputs)
+
+
+def trace(spec: EngineSpec, config: dict[str, Any], precision: Precision) -> Traced:
+    """Trace an engine.
+
+    Args:
+        spec: resolved row of the table.
+        config: of the model.
+        precision: of weights and wide activations.
+
+    Raises:
+        ExportError: the graph does not come out as the table says.
+    """
+    with _quiet(), FakeTensorMode():
+        module = _build(spec.model, config, WEIGHT_DTYPE[precision])
+        examples, shapes = _examples(spec)
+        program = torch.onnx.export(
+            _Graph(module, CALLS[spec.name]),
+            (),
+            kwargs={"inputs": examples},
+            dynamo=True,
+            # torch's own optimisation reads weights, and renames and transposes those of every Linear
+            optimize=False,
+            opset_version=OPSET[precision],
+            dynamic_shapes={"inputs": shapes},
+            input_names=[t.name for t in spec.inputs],
+            output_names=[t.name for t in spec.outputs],
+            verbose=False,
+        )
+    assert program is not None  # only None for the legacy exporter
+    graph = program.model.graph
+    # hidden weights are neither read nor renamed nor merged by the passes, which then clean up shapes and constants
+    hidden = [v for name, v in graph.initializers.items() if name.startswith(_PREFIX)]
+    for value in hidden:
+        value.const_value = None
+    with _quiet():
+        _simplify(program.model)
+    for value in hidden:
+        if value.name in graph.initializers:
+            del graph.initializers[value.name]
+            value.name = str(value.name).removeprefix(_PREFIX)
+            graph.initializers[value.name] = value
+    weights = tuple(str(v.name) for v in hidden if v.name in graph.initializers and v.uses())
+    for name in [n for n, v in graph.initializers.items() if not v.uses()]:
+        del graph.initializers[name]
+    _check_and_name(spec, graph)
+    program.model.doc_string = f"cascade-rt {spec.name} ({precision})"
+    return Traced(program.model, weights, OPSET[precision])
+
+
+def _build(component: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A module made in ``dtype``: fake parameters cannot be converted afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return build_model(component, config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def save(traced: Traced, path: Path, weights: str, places: Mapping[str, tuple[int, int]], dtype: torch.dtype) -> None:
+    """Write the graph, its weights pointing into the safetensors file ``weights`` beside it.
+
+    Args:
+        traced: from `trace`.
+        path: ``.onnx`` file to write.
+        weights: file name beside ``path``.
+        places: byte offset and length of every tensor there.
+        dtype: of the tensors there.
+    """
+    kinds = {
+        torch.float32: ir.DataType.FLOAT,
+        torch.float16: ir.DataType.FLOAT16,
+        torch.bfloat16: ir.DataType.BFLOAT16,
+    }
+    for name in traced.weights:
+        value = traced.model.graph.initializers[name]
+        offset, length = places[name]
+        assert value.shape is not None
+        value.const_value = ir.ExternalTensor(
+            weights, offset, length, kinds[dtype], shape=value.shape, name=name, base_dir=path.parent
+        )
+    ir.save(traced.model, path)
+
+
+def _examples(spec: EngineSpec) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
+    """Example inputs and torch's dynamic shapes for them."""
+    units: dict[str, Any] = {}
+
+    def axis(name: str) -> tuple[int, Any]:
+        limits = spec.ranges[name]
+        # height and grid_height move together: both are multiples of one unit
+        unit = name.removeprefix("grid_")
+        if unit not in units:
+            units[unit] = torch.export.Dim(unit, min=max(1, limits.min // limits.multiple), max=limits.max)
+        size = _EXAMPLE[unit] * limits.multiple
+        return size, limits.multiple * units[unit] if limits.multiple > 1 else units[unit]
+
+    examples: dict[str, Tensor] = {}
+    shapes: dict[str, dict[int, Any]] = {}
+    for tensor in spec.inputs:
+        sizes = [axis(a)[0] if isinstance(a, str) else a for a in tensor.axes]
+        shapes[tensor.name] = {i: axis(a)[1] for i, a in enumerate(tensor.axes) if isinstance(a, str)}
+        examples[tensor.name] = torch.zeros(sizes, dtype=TORCH_DTYPE[tensor.dtype])
+    return examples, shapes
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold what the tracer computed of shapes, and drop what nothing uses.
+
+    Not `optimize_ir`: its rewrite rules took half of the export's time and left the graphs as they were; engines do
+    those fusions themselves.
+    """
+    onnxscript.optimizer.fold_constants(model)
+    passes = ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=False),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+    )
+    passes(model)
+
+
+def _check_and_name(spec: EngineSpec, graph: ir.Graph) -> None:
+    """Compare the graph's inputs and outputs with the table, and give their axes the table's names."""
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        names = [v.name for v in values]
+        if names != [t.name for t in tensors]:
+            raise ExportError(f"the graph of {spec.name} has {names}; the table says {[t.name for t in tensors]}")
+        for value, tensor in zip(values, tensors, strict=True):
+            made = [d if isinstance(d, int) else None for d in value.shape or ()]
+            wanted = [a if isinstance(a, int) else None for a in tensor.axes]
+            if len(made) != len(wanted) or any(m not in (w, None) for m, w in zip(made, wanted, strict=True)):
+                raise ExportError(f"{spec.name}: {tensor.name} came out as {value.shape}; the table says {tensor.axes}")
+            value.shape = ir.Shape(list(tensor.axes))
+    outer = {id(v) for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    for node in graph:
+        node.metadata_props.clear()  # stack traces of this machine, several times the size of the graph itself
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if id(value) not in outer:
+                value.shape = None  # torch's symbols would stand beside the table's names
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter warns about torchvision and prints progress; none of it is for our user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,246 @@
+"""Random cascades as diffusers writes them: the reference side of every parity test. It runs none of our code."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+warnings.filterwarnings("ignore", module="diffusers")
+warnings.filterwarnings("ignore", module="transformers")
+
+CONV = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
+ATTN = (*CONV, "SDCascadeAttnBlock")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One architecture: the arguments of diffusers' classes."""
+
+    text: dict[str, Any]
+    prior: dict[str, Any]
+    decoder: dict[str, Any]
+    vqgan: dict[str, Any]
+
+
+def _text(width: int, projection: int, heads: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "projection_dim": projection,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 24,
+        "hidden_act": "gelu",
+    }
+
+
+SHAPES: dict[str, Shape] = {
+    # four levels, attention at two, repeat mappers 2 and 3, odd head counts
+    "four-level": Shape(
+        _text(32, 24, 4),
+        {
+            "conditioning_dim": 48,
+            "block_out_channels": (40, 40),
+            "num_attention_heads": (5, 5),
+            "down_num_layers_per_block": (1, 2),
+            "up_num_layers_per_block": (2, 1),
+            "switch_level": (False,),
+        },
+        {
+            "conditioning_dim": 32,
+            "block_out_channels": (16, 24, 36, 40),
+            "num_attention_heads": (-1, -1, 9, 5),
+            "down_num_layers_per_block": (1, 1, 2, 1),
+            "up_num_layers_per_block": (1, 2, 1, 1),
+            "down_blocks_repeat_mappers": (1, 1, 1, 1),
+            "up_blocks_repeat_mappers": (3, 3, 2, 2),
+            "block_types_per_layer": (CONV, CONV, ATTN, ATTN),
+            "self_attn": True,
+            "dropout": (0.0, 0.0, 0.1, 0.1),
+        },
+        {"embed_dim": 24, "bottleneck_blocks": 2, "num_vq_embeddings": 8},
+    ),
+    # attention at three of four levels, repeats on the way down, no self-attention at one level, another s
+    "three-attention": Shape(
+        _text(24, 40, 3),
+        {
+            "conditioning_dim": 40,
+            "block_out_channels": (48, 36),
+            "num_attention_heads": (3, 9),
+            "down_num_layers_per_block": (2, 1),
+            "up_num_layers_per_block": (1, 2),
+            "down_blocks_repeat_mappers": (2, 1),
+            "up_blocks_repeat_mappers": (1, 2),
+            "switch_level": (False,),
+            "clip_seq": 2,
+        },
+        {
+            "conditioning_dim": 24,
+            "block_out_channels": (12, 20, 28, 35),
+            "num_attention_heads": (0, 5, 7, 3),
+            "down_num_layers_per_block": (1, 1, 1, 2),
+            "up_num_layers_per_block": (1, 1, 2, 1),
+            "down_blocks_repeat_mappers": (1, 2, 1, 1),
+            "up_blocks_repeat_mappers": (2, 1, 3, 2),
+            "block_types_per_layer": (CONV, ATTN, ATTN, ATTN),
+            "self_attn": (True, True, False, True),
+            "dropout": (0.0, 0.0, 0.0, 0.0),
+            "clip_seq": 3,
+        },
+        {"embed_dim": 32, "bottleneck_blocks": 1, "num_vq_embeddings": 8, "scale_factor": 0.5},
+    ),
+    # one level in the prior, two in the decoder, a kernel of 5, another timestep width
+    "shallow": Shape(
+        _text(16, 16, 2),
+        {
+            "conditioning_dim": 16,
+            "block_out_channels": (32,),
+            "num_attention_heads": (4,),
+            "down_num_layers_per_block": (2,),
+            "up_num_layers_per_block": (1,),
+            "down_blocks_repeat_mappers": (1,),
+            "up_blocks_repeat_mappers": (1,),
+            "block_types_per_layer": (ATTN,),
+            "self_attn": True,
+            "dropout": (0.1,),
+            "timestep_ratio_embedding_dim": 33,
+        },
+        {
+            "conditioning_dim": 16,
+            "block_out_channels": (16, 32),
+            "num_attention_heads": (1, 7),
+            "down_num_layers_per_block": (1, 2),
+            "up_num_layers_per_block": (2, 1),
+            "down_blocks_repeat_mappers": (1, 1),
+            "up_blocks_repeat_mappers": (1, 1),
+            "block_types_per_layer": (CONV, ATTN),
+            "self_attn": True,
+            "dropout": (0.0, 0.0),
+            "kernel_size": 5,
+        },
+        {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4},
+    ),
+}
+
+
+def clip_tokenizer(folder: Path, length: int) -> Any:
+    """CLIP's tokenizer with a vocabulary of single bytes: vocab.json and merges.txt, as the published ones."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{x}</w>" for x in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+
+
+def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Weights with which every part matters: torch's own start leaves norms, gates and biases at nought."""
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            if name.endswith(("gamma", "beta", "gammas")) or parameter.ndim < 2:
+                parameter.normal_(0, 0.3, generator=generator)
+                if "norm" in name and name.endswith("weight"):
+                    parameter.add_(1)
+            else:
+                parameter.normal_(0, (parameter[0].numel()) ** -0.5, generator=generator)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.3, generator=generator)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2, generator=generator)
+
+
+def build(shape: Shape, folder: Path, seed: int = 0) -> Any:
+    """A random ``StableCascadeCombinedPipeline``."""
+    from diffusers import DDPMWuerstchenScheduler, StableCascadeCombinedPipeline
+    from diffusers.models import StableCascadeUNet
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer = clip_tokenizer(folder / "vocabulary", shape.text["max_position_embeddings"])
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
+    text_config = CLIPTextConfig(**shape.text, **ids, pad_token_id=len(tokenizer) - 1)
+    text = CLIPTextModelWithProjection(text_config)
+    pooled = shape.text["projection_dim"]
+    prior = StableCascadeUNet(
+        clip_text_in_channels=shape.text["hidden_size"],
+        clip_text_pooled_in_channels=pooled,
+        clip_image_in_channels=20,
+        **shape.prior,
+    )
+    decoder = StableCascadeUNet(
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        clip_text_pooled_in_channels=pooled,
+        effnet_in_channels=16,
+        pixel_mapper_in_channels=3,
+        timestep_conditioning_type=("sca",),
+        **shape.decoder,
+    )
+    vqgan = PaellaVQModel(**shape.vqgan)
+    for module in (text, prior, decoder, vqgan):
+        randomize(module, generator)
+        module.eval()
+    pipe = StableCascadeCombinedPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text,
+        decoder=decoder,
+        scheduler=DDPMWuerstchenScheduler(),
+        vqgan=vqgan,
+        prior_prior=prior,
+        prior_text_encoder=text,
+        prior_tokenizer=tokenizer,
+        prior_scheduler=DDPMWuerstchenScheduler(),
+    )
+    for part in (pipe, pipe.prior_pipe, pipe.decoder_pipe):
+        part.set_progress_bar_config(disable=True)
+    # the progress bar setter of the combined pipeline answers for both parts; the parts themselves draw it
+    return pipe
+
+
+def original_state_dict(state: dict[str, torch.Tensor], stage_b: bool = False) -> dict[str, torch.Tensor]:
+    """A denoiser's weights under the original repository's keys (written from its modules, not from our reader)."""
+    out: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        if ".attention.to_q." in key:
+            parts = [state[key.replace("to_q", name)] for name in ("to_q", "to_k", "to_v")]
+            out[key.replace("to_q.", "attn.in_proj_")] = torch.cat(parts)
+        elif ".attention.to_k." in key or ".attention.to_v." in key:
+            continue
+        elif ".attention.to_out.0." in key:
+            out[key.replace("to_out.0", "attn.out_proj")] = value
+        elif stage_b and key.startswith("clip_txt_pooled_mapper."):
+            out[key.replace("clip_txt_pooled_mapper", "clip_mapper")] = value
+        else:
+            out[key] = value
+    return {k: v.contiguous() for k, v in out.items()}
+
+
+def psnr(made: np.ndarray, wanted: np.ndarray) -> float:
+    """dB at peak 1, in float64; NaN is refused."""
+    a, b = made.astype(np.float64), wanted.astype(np.float64)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert np.isfinite(a).all()
+    assert np.isfinite(b).all()
+    mean = float(np.mean((a - b) ** 2))
+    return float("inf") if mean == 0 else float(-10 * np.log10(mean))
+
+
+def rel_l2(made: np.ndarray, wanted: np.ndarray) -> float:
+    """Norm of the difference over the norm of the reference, in float64; NaN is refused."""
+    a, b = made.astype(np.float64), wanted.astype(np.float64)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert np.isfinite(a).all()
+    assert np.isfinite(b).all()
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
