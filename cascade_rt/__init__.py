@@ -1,9 +1,9 @@
 """cascade-rt: Stable Cascade from engines, without torch.
 
-    from cascade_rt import CascadePipeline
+from cascade_rt import CascadePipeline
 
-    pipe = CascadePipeline.from_pretrained()
-    pipe("a red circle", seed=0).images[0].save("out.png")
+pipe = CascadePipeline.from_pretrained()
+pipe("a red circle", seed=0).images[0].save("out.png")
 """
 
 from .errors import (

@@ -108,12 +108,12 @@ def generate(args: argparse.Namespace) -> None:
     files = []
     for index, image in enumerate(out.images):
         path = output if len(out.images) == 1 else output.with_stem(f"{output.stem}-{index + 1}")
-        save_png(image, path, {k: str(v) for k, v in facts.items()})  # type: ignore[arg-type]
+        save_png(image, path, {k: str(v) for k, v in facts.items()})
         files.append(str(path))
     seconds = {name: round(value, 4) for name, value in out.timings.items()}
     seconds["total"] = round(time.perf_counter() - started, 4)
     if args.json:
-        size = out.images[0].size  # type: ignore[union-attr]
+        size = out.images[0].size
         print(json.dumps({**facts, "width": size[0], "height": size[1], "files": files, "seconds": seconds}))
         return
     for file in files:

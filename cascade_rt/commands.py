@@ -37,7 +37,7 @@ def run_command(command: Callable[[], None]) -> int:
     return DONE
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 

@@ -51,7 +51,7 @@ class TorchCPU:
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937()
-        self._bits._legacy_seeding(seed & 0xFFFFFFFF)  # type: ignore[attr-defined]  # init_genrand, as torch seeds
+        self._bits._legacy_seeding(seed & 0xFFFFFFFF)  # init_genrand, as torch seeds
         self._spare: float | None = None
 
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -135,7 +135,7 @@ def _philox(key: int, counter: int, threads: int) -> NDArray[np.uint32]:
 
 
 def _curand_normal4(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """cuRAND's Box-Muller: ``[4, n]`` bits -> ``[4, n]`` normals (sine, cosine, sine, cosine)."""
+    """CuRAND's Box-Muller: ``[4, n]`` bits -> ``[4, n]`` normals (sine, cosine, sine, cosine)."""
     inverse = np.float32(2.0**-32)
     inverse_2pi = np.float32(2.0**-32 * 2.0 * math.pi)
     u = bits[0::2].astype(np.float32) * inverse + inverse / np.float32(2)

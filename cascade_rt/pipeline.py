@@ -369,7 +369,7 @@ class CascadePipeline:
         with self._engine(f"{stage}.context") as engine:
             dim = int(next(t.axes[1] for t in engine.spec.inputs if t.name == "timestep_embedding"))
             feeds = {"timestep_embedding": timestep_embedding(schedule.ratios, dim), **conditions}
-            context: dict[str, DeviceTensor] = {**engine.bind({})(feeds)}
+            context = _on_device(engine.bind({})(feeds))
         result = latents
         with self._engine(f"{stage}.step") as engine:
             run = engine.bind(context)
@@ -382,7 +382,8 @@ class CascadePipeline:
                         "its precision overflows: export it with --precision bf16 or fp32"
                     )
                 if guided:
-                    prediction = guide(*np.split(prediction, 2), scale, rescale)
+                    count = len(latents)
+                    prediction = guide(prediction[:count], prediction[count:], scale, rescale)
                 x0 = predict_x0(schedule, step, latents, prediction)
                 latents = denoise_step(schedule, step, latents, prediction, source.normal(latents.shape))
                 result = x0 if schedule.returns_x0 else latents
@@ -654,6 +655,10 @@ def _host(outputs: Mapping[str, Value], name: str) -> Array:
     if not isinstance(value, np.ndarray):
         raise EngineError(f"{name} stayed on the device")
     return value
+
+
+def _on_device(outputs: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+    return {name: value for name, value in outputs.items() if not isinstance(value, np.ndarray)}
 
 
 def _default(value: Any, default: Any) -> Any:

@@ -89,7 +89,7 @@ def make_schedule(
 def _original(steps: int, prediction_type: PredictionType, shift: float, s: float) -> Schedule:
     alpha_bar = _cosine_alpha_bar(np.linspace(1.0, 0.0, steps + 1), s)
     limits = [math.log(a / (1 - a)) for a in ALPHA_RANGE]
-    log_snr = np.clip(np.log(alpha_bar / (1 - alpha_bar)) + 2 * math.log(1 / shift), *limits)
+    log_snr = np.clip(np.log(alpha_bar / (1 - alpha_bar)) + 2 * math.log(1 / shift), limits[0], limits[1])
     alpha_bar = 1 / (1 + np.exp(-log_snr))
     smallest = math.cos(s / (1 + s) * math.pi / 2) ** 2
     ratios = np.arccos(np.sqrt(alpha_bar * smallest)) / (math.pi / 2) * (1 + s) - s
@@ -133,7 +133,10 @@ def _schedule(
     }[prediction_type]
     latents, prediction = (a_next * x0[i] + direction * eps[i] for i in range(2))
     return Schedule(
-        ratios.astype(np.float32), np.stack(x0, axis=1), np.stack([latents, prediction, sigma * noise], axis=1), returns_x0
+        ratios.astype(np.float32),
+        np.stack(x0, axis=1),
+        np.stack([latents, prediction, sigma * noise], axis=1),
+        returns_x0,
     )
 
 
@@ -180,7 +183,8 @@ def guide(conditional: Array, unconditional: Array, scale: float, rescale: float
     wanted = conditional.std(axis=axes, keepdims=True, dtype=np.float64)
     actual = guided.std(axis=axes, keepdims=True, dtype=np.float64)
     ratio = np.divide(wanted, actual, out=np.ones_like(actual), where=actual > 0)
-    return guided * (rescale * ratio + (1 - rescale)).astype(np.float32)
+    rescaled: Array = guided * (rescale * ratio + (1 - rescale)).astype(np.float32)
+    return rescaled
 
 
 def timestep_embedding(ratios: Array, dim: int, max_positions: int = 10000) -> Array:
@@ -202,4 +206,5 @@ def timestep_embedding(ratios: Array, dim: int, max_positions: int = 10000) -> A
     columns: list[NDArray[Any]] = [np.sin(angles), np.cos(angles)]
     if dim % 2:
         columns.append(np.zeros((len(ratios), 1)))
-    return np.concatenate(columns, axis=1).astype(np.float32)
+    embedding: Array = np.concatenate(columns, axis=1).astype(np.float32)
+    return embedding

@@ -19,6 +19,9 @@ HOST_DTYPES = ("float32", "int64", "uint8")
 StageName = Literal["c", "b", "a", "text", "image", "effnet", "previewer"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
+Size = Literal["tiny", "small", "big"]
+"""The official sizes."""
+
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 COMPUTE_DTYPE: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -159,9 +162,7 @@ _MODULATION = _t(
 _KV = _t(
     "kv_{level}", "compute", "blocks 2 batch condition_tokens width", "keys and values of the condition tokens", True
 )
-_MAP = _t(
-    "condition_map", "compute", "batch grid_height grid_width map_width", "effnet and pixel maps", constant=True
-)
+_MAP = _t("condition_map", "compute", "batch grid_height grid_width map_width", "effnet and pixel maps", constant=True)
 _EMBEDDING = _t("timestep_embedding", "float32", "steps embedding_dim", "sinusoidal embedding of the ratios")
 _POOLED = _t("clip_text_pooled", "float32", "batch 1 pooled_dim", "projected text embedding")
 _STEP = _t("step", "int64", "1", "row of the modulation table")

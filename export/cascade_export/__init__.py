@@ -1,0 +1,1 @@
+"""torch -> ONNX -> engines. Imports `cascade_rt`; never the other way round."""

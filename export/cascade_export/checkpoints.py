@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from cascade_rt.bundle import Bundle, LoopDefaults, SamplerPreset
+from cascade_rt.bundle import Bundle, LoopDefaults, SamplerPreset, default_bundle_path
 from cascade_rt.errors import CheckpointError, MissingCheckpointError, RequestError
 from cascade_rt.sampling import PREDICTION_TYPES, PredictionType, SamplerName
+from cascade_rt.stages import Size
 
 from . import presets
 from .originals import split_single_file
-from .presets import Size
 from .weights import SafetensorsSource, TensorSource
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -107,7 +107,7 @@ def open_checkpoint(place: str | None, size: Size | None) -> Checkpoint:
     """
     if place is None:
         if size == "tiny":
-            return BundleCheckpoint(presets.default_bundle_path())
+            return BundleCheckpoint(default_bundle_path())
         return HubCheckpoint(size or "big")
     kind, _, seed = place.partition(":")
     if kind == RANDOM:
@@ -432,7 +432,9 @@ class HubCheckpoint:
             revision = HfApi().model_info(repo, timeout=HUB_SECONDS).sha
             wanted = [*patterns, "model_index.json", "scheduler/*", "prior_scheduler/*"]
             # the full-precision files are taken where there are both; pickles never
-            path = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*.bin", "*.bf16.*"])
+            path = snapshot_download(
+                repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*.bin", "*.bf16.*"]
+            )
         except Exception as error:  # the hub client raises many unrelated types; all mean "not fetched"
             raise CheckpointError(
                 f"the hub did not give {repo} ({type(error).__name__}); where it cannot be reached, download the files "

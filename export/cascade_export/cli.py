@@ -11,9 +11,8 @@ from typing import get_args
 import cascade_rt
 from cascade_rt.commands import run_command
 from cascade_rt.errors import RequestError
-from cascade_rt.stages import PRECISIONS, STAGES, Precision, StageName
+from cascade_rt.stages import PRECISIONS, STAGES, Precision, Size, StageName
 
-SIZES = ("tiny", "small", "big")
 EXAMPLES = """examples:
   cascade-export --stage all --size tiny
   cascade-export --stage c --size big
@@ -37,7 +36,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         help="what to export; repeatable; all: everything that the checkpoint has",
     )
-    parser.add_argument("--size", choices=SIZES, help="official size (default: tiny where no checkpoint is named)")
+    parser.add_argument(
+        "--size", choices=get_args(Size), help="official size (default: tiny where no checkpoint is named)"
+    )
     parser.add_argument(
         "--checkpoint",
         metavar="PLACE",
@@ -45,7 +46,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "(default: the size's official weights; tiny: the shipped ones)",
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="of weights and wide activations (default: bf16 for small and big, else fp32)"
+        "--precision",
+        choices=PRECISIONS,
+        help="of weights and wide activations (default: bf16 for small and big, else fp32)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with fp32 PyTorch")
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         raise RequestError(
             f"cascade-export needs {error.name}; install it with: pip install 'cascade-rt[export,onnxruntime]'"
         ) from error
-    size = args.size if args.size or args.checkpoint else "tiny"
+    size: Size | None = args.size if args.size or args.checkpoint else "tiny"
     every = "all" in args.stage
     stages: tuple[StageName, ...] = STAGES if every else tuple(dict.fromkeys(args.stage))
     precision: Precision = args.precision or ("bf16" if size in ("small", "big") else "fp32")

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -114,7 +115,8 @@ def _existing(request: ExportRequest) -> Manifest | None:
     there = sorted({s for s in request.stages for spec in engines_of(s) if spec.name in manifest.engines})
     if there and not request.overwrite:
         raise RequestError(
-            f"{request.out} already has stage {', '.join(there)}; add --overwrite to replace it, or choose another --out"
+            f"{request.out} already has stage {', '.join(there)}; add --overwrite to replace it, "
+            "or choose another --out"
         )
     return manifest
 
@@ -147,12 +149,12 @@ class _Staging:
         """Take the bundle's place."""
         aside = self.path.with_name(self.path.name + ".old")
         if self._out.exists():
-            os.replace(self._out, aside)
+            self._out.replace(aside)
         try:
-            os.replace(self.path, self._out)
+            self.path.replace(self._out)
         except BaseException:
             if aside.exists():
-                os.replace(aside, self._out)
+                aside.replace(self._out)
             raise
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -219,9 +221,7 @@ class _Builder:
             self._remove(graph)
             save(graphs[spec.name], self._folder / graph, file, places, dtype)
             self._files[graph] = file_record(self._folder / graph)
-            self._engines[spec.name] = EngineRecord(
-                spec, graph, "onnx", precision, (file,), OPSET[precision], _tools()
-            )
+            self._engines[spec.name] = EngineRecord(spec, graph, "onnx", precision, (file,), OPSET[precision], _tools())
         if stage == "text":
             self._add_tokenizer()
         written = time.perf_counter()
@@ -242,8 +242,9 @@ class _Builder:
         engines = {spec.name: open_engine(bundle, spec.name, provider) for spec in specs}
 
         def run(name: str, feeds: Mapping[str, Value]) -> dict[str, Value]:
-            host = {n: v for n, v in feeds.items() if not hasattr(v, "value")}
-            return engines[name].bind({n: v for n, v in feeds.items() if n not in host})(host)  # type: ignore[arg-type]
+            host = {n: v for n, v in feeds.items() if isinstance(v, np.ndarray)}
+            context = {n: v for n, v in feeds.items() if not isinstance(v, np.ndarray)}
+            return engines[name].bind(context)(host)
 
         try:
             figures = verify_stage(specs, module, run, self._request.precision)
@@ -295,11 +296,12 @@ class _Builder:
             default_sampler=facts.default_sampler or "original",
         )
         if self._old is not None:  # each fact comes from the checkpoint of the stage that it belongs to
-            model = replace(
-                self._old.model,
-                **({"resolution_multiple": model.resolution_multiple} if "c" in self._done else {}),
-                **({"latent_dim_scale": model.latent_dim_scale} if "b" in self._done else {}),
-            )
+            kept = self._old.model
+            if "c" in self._done:
+                kept = replace(kept, resolution_multiple=model.resolution_multiple)
+            if "b" in self._done:
+                kept = replace(kept, latent_dim_scale=model.latent_dim_scale)
+            model = kept
             sampling = {name: self._merge(self._old.sampling[name], preset) for name, preset in sampling.items()}
         if stage_a:
             model = replace(model, compression=StageAConfig.from_dict(dict(stage_a.config)).compression)

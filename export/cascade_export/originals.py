@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def split_single_file(source: TensorSource, path: Path) -> dict[str, Part]:
         component = group.removesuffix(":") if group.endswith(":") else _detect(keys)
         if component is None:
             continue
-        origins = _RENAME.get(component, _unet)(keys)
+        origins = _RENAME[component](keys)
         renamed = RenamedSource(source, origins)
         parts[component] = (_CONFIG[component](renamed.shapes, path), renamed)
     if not parts:
@@ -87,8 +87,8 @@ def _unet(keys: Mapping[str, str]) -> dict[str, Origin]:
             for index, target in enumerate(("to_q", "to_k", "to_v")):
                 origins[f"{match[1]}.{target}.{match[2]}"] = Origin(key, part=(index, 3))
             continue
-        name = re.sub(r"attention\.(attn\.)?out_proj\.", "attention.to_out.0.", name)
-        origins[re.sub(r"^clip_mapper\.", "clip_txt_pooled_mapper.", name)] = Origin(key)
+        ours = re.sub(r"attention\.(attn\.)?out_proj\.", "attention.to_out.0.", name)
+        origins[re.sub(r"^clip_mapper\.", "clip_txt_pooled_mapper.", ours)] = Origin(key)
     return origins
 
 
@@ -99,11 +99,11 @@ def _stage_a(keys: Mapping[str, str]) -> dict[str, Origin]:
 def _clip(keys: Mapping[str, str]) -> dict[str, Origin]:
     origins: dict[str, Origin] = {}
     for name, key in keys.items():
-        name = re.sub(r"^(clip_g\.)?(transformer\.)?", "", name)
-        if name == "text_projection":  # a bare parameter there, applied from the right
+        ours = re.sub(r"^(clip_g\.)?(transformer\.)?", "", name)
+        if ours == "text_projection":  # a bare parameter there, applied from the right
             origins["text_projection.weight"] = Origin(key, transpose=True)
         else:
-            origins[name] = Origin(key)
+            origins[ours] = Origin(key)
     return origins
 
 
@@ -111,7 +111,9 @@ def _plain(keys: Mapping[str, str]) -> dict[str, Origin]:
     return {name: Origin(key) for name, key in keys.items()}
 
 
-_RENAME = {
+_RENAME: dict[str, Callable[[Mapping[str, str]], dict[str, Origin]]] = {
+    "stage_c": _unet,
+    "stage_b": _unet,
     "stage_a": _stage_a,
     "text_encoder": _clip,
     "image_encoder": _clip,
@@ -200,7 +202,7 @@ def _period(kinds: list[str], path: Path) -> list[str]:
     raise CheckpointError(f"{path.name}: a level of the network has no blocks; the file is cut or of another model")
 
 
-def _stage_a_config(shapes: Mapping[str, Shape], path: Path) -> dict[str, Any]:
+def _stage_a_config(shapes: Mapping[str, Shape], _path: Path) -> dict[str, Any]:
     width = shapes["up_blocks.0.0.weight"][0]
     codebook = shapes["vquantizer.embedding.weight"]
     blocks = 0
@@ -217,7 +219,7 @@ def _stage_a_config(shapes: Mapping[str, Shape], path: Path) -> dict[str, Any]:
     }
 
 
-def _text_config(shapes: Mapping[str, Shape], path: Path) -> dict[str, Any]:
+def _text_config(shapes: Mapping[str, Shape], _path: Path) -> dict[str, Any]:
     words, width = shapes["text_model.embeddings.token_embedding.weight"]
     return {
         "vocab_size": words,
@@ -234,7 +236,7 @@ def _text_config(shapes: Mapping[str, Shape], path: Path) -> dict[str, Any]:
     }
 
 
-def _image_config(shapes: Mapping[str, Shape], path: Path) -> dict[str, Any]:
+def _image_config(shapes: Mapping[str, Shape], _path: Path) -> dict[str, Any]:
     patch = shapes["vision_model.embeddings.patch_embedding.weight"]
     positions = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
     return {
@@ -249,7 +251,7 @@ def _image_config(shapes: Mapping[str, Shape], path: Path) -> dict[str, Any]:
     }
 
 
-_CONFIG = {
+_CONFIG: dict[str, Callable[[Mapping[str, Shape], Path], dict[str, Any]]] = {
     "stage_c": _denoiser_config,
     "stage_b": _denoiser_config,
     "stage_a": _stage_a_config,

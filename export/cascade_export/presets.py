@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
-from cascade_rt.bundle import BundleNotFoundError, LoopDefaults, SamplerPreset, default_bundle_path, find_bundle
+from cascade_rt.bundle import LoopDefaults, SamplerPreset, find_bundle
+from cascade_rt.errors import BundleNotFoundError
+from cascade_rt.stages import Size
 
 from .models import DenoiserConfig, EffNetConfig, StageAConfig
 from .models.denoiser import BLOCK_TYPES
-
-Size = Literal["tiny", "small", "big"]
-SIZES: tuple[Size, ...] = get_args(Size)
 
 PRIOR_REPO = "stabilityai/stable-cascade-prior"
 DECODER_REPO = "stabilityai/stable-cascade"
@@ -151,7 +150,7 @@ def config_of(size: Size, component: str) -> dict[str, Any] | None:
     if size != "tiny":
         return CONFIGS[size][component]
     try:
-        models = find_bundle(default_bundle_path()).manifest.models
+        models = find_bundle(None).manifest.models
     except BundleNotFoundError:
         return _UNTRAINED_TINY.get(component)
     return dict(models[component].config) if component in models else None

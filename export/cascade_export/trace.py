@@ -100,9 +100,10 @@ def trace(spec: EngineSpec, config: dict[str, Any], precision: Precision) -> Tra
     with _quiet():
         _simplify(program.model)
     for value in hidden:
-        if value.name in graph.initializers:
-            del graph.initializers[value.name]
-            value.name = str(value.name).removeprefix(_PREFIX)
+        name = str(value.name)
+        if name in graph.initializers:
+            del graph.initializers[name]
+            value.name = name.removeprefix(_PREFIX)
             graph.initializers[value.name] = value
     weights = tuple(str(v.name) for v in hidden if v.name in graph.initializers and v.uses())
     for name in [n for n, v in graph.initializers.items() if not v.uses()]:
@@ -210,10 +211,10 @@ def _check_and_name(spec: EngineSpec, graph: ir.Graph) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter warns about torchvision and prints progress; none of it is for our user."""
+    """The exporter of torch warns about torchvision and prints progress; none of it is for our user."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+    with warnings.catch_warnings(), Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

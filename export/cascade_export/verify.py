@@ -181,13 +181,10 @@ def _denoiser_cases(
     for spec in context_spec.inputs:
         if spec.name == "timestep_embedding":
             continue
-        sizes: dict[str | int, int] = {"batch": 2, "tokens": 9, "images": 1}
-        if spec.name == "effnet":
-            conditions[spec.name] = rng.standard_normal((2, spec.axes[1], 3, 4), dtype=np.float32)
-        else:
-            conditions[spec.name] = rng.standard_normal(
-                [a if isinstance(a, int) else sizes[a] for a in spec.axes], dtype=np.float32
-            )
+        # effnet is drawn smaller than the grid, so that the host's resize is a part of what is checked
+        sizes = {"batch": 2, "tokens": 9, "images": 1, "grid_height": 3, "grid_width": 4}
+        shape = [a if isinstance(a, int) else sizes[a] for a in spec.axes]
+        conditions[spec.name] = rng.standard_normal(shape, dtype=np.float32)
     feeds = dict(conditions)
     if "effnet" in feeds:
         feeds["effnet"] = resize_bilinear(feeds["effnet"], height // config.patch_size, width // config.patch_size)

@@ -238,7 +238,11 @@ def _bytes_of(name: str, tensor: Tensor, dtype: torch.dtype) -> Any:
     converted = tensor.to(dtype).contiguous()
     if not torch.isfinite(converted).all():
         raise CheckpointError(f"tensor {name} holds values beyond {dtype}; use --precision bf16 or fp32")
-    return converted.view(torch.uint8).numpy().reshape(-1) if converted.ndim else converted.reshape(1).view(torch.uint8).numpy()
+    return (
+        converted.view(torch.uint8).numpy().reshape(-1)
+        if converted.ndim
+        else converted.reshape(1).view(torch.uint8).numpy()
+    )
 
 
 def _free_bytes(folder: Path) -> int:

@@ -66,7 +66,7 @@ def test_kinds_differ() -> None:
 
 
 def test_an_unknown_shape_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="hexagon.*circle"):
+    with pytest.raises(ValueError, match=r"hexagon.*circle"):
         scenes.distance("hexagon", np.zeros(1, np.float32), np.zeros(1, np.float32))
 
 
@@ -147,5 +147,5 @@ def test_half_of_the_oranges_have_the_right_article() -> None:
 
 
 def test_a_sentence_from_elsewhere_is_refused_with_an_example() -> None:
-    with pytest.raises(ValueError, match="no caption of one shape.*a red circle"):
+    with pytest.raises(ValueError, match=r"no caption of one shape.*a red circle"):
         scenes.parse("a photograph of a fox")

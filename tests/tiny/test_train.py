@@ -90,7 +90,7 @@ def test_latents_of_other_weights_are_made_anew(tmp_path: Path) -> None:
         return pixels.mean(dim=(2, 3))
 
     for fingerprint in ("one", "one", "two"):
-        values = data.kept(tmp_path / "x.pt", fingerprint, 5, make, "x", 0, True)
+        values = data.kept(tmp_path / "x.pt", fingerprint, 5, make, what="x", workers=0, quiet=True)
         assert values.shape == (5, 3)
     assert made == [5, 5]
 

@@ -41,20 +41,18 @@ class Pointwise(nn.Conv2d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
-class ChannelsLast(nn.Module):
-    """Mixin for convolutions: lets an NCHW convolution be called on ``[B, H, W, C]``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x.permute(0, 3, 1, 2))
-        return y.permute(0, 2, 3, 1)
-
-
-class Conv2d(ChannelsLast, nn.Conv2d):
+class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` on ``[B, H, W, C]``."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-class ConvTranspose2d(ChannelsLast, nn.ConvTranspose2d):
+
+class ConvTranspose2d(nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` on ``[B, H, W, C]``."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -71,10 +69,11 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        response = torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True)
+        response: Tensor = torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True)
         response = response / (response.mean(dim=-1, keepdim=True) + GRN_EPS)
         scale = (1 + self.gamma.float() * response).to(x.dtype)
-        return x * scale + self.beta
+        y: Tensor = x * scale + self.beta
+        return y
 
 
 class ResBlock(nn.Module):
@@ -186,7 +185,8 @@ class Attention(nn.Module):
         return y
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.inner // self.heads)).transpose(1, 2)
+        y: Tensor = x.unflatten(-1, (self.heads, self.inner // self.heads))
+        return y.transpose(1, 2)
 
 
 class AttnBlock(nn.Module):
@@ -206,4 +206,5 @@ class AttnBlock(nn.Module):
         """``x`` ``[B, H, W, C]`` plus attention over itself and ``condition_kv`` ``[2, B, T, inner]``."""
         tokens = layer_norm(x).flatten(1, 2)
         out = self.attention(tokens, condition_kv, self.self_attention)
-        return x + out.unflatten(1, x.shape[1:3])
+        y: Tensor = x + out.unflatten(1, x.shape[1:3])
+        return y

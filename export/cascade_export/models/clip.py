@@ -13,7 +13,8 @@ def build_text_encoder(config: dict[str, Any]) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     made = CLIPTextConfig.from_dict(config)
-    return CLIPTextModelWithProjection._from_config(made, attn_implementation="eager")
+    model: nn.Module = CLIPTextModelWithProjection._from_config(made, attn_implementation="eager")
+    return model
 
 
 def build_image_encoder(config: dict[str, Any]) -> nn.Module:
@@ -21,7 +22,8 @@ def build_image_encoder(config: dict[str, Any]) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     made = CLIPVisionConfig.from_dict(config)
-    return CLIPVisionModelWithProjection._from_config(made, attn_implementation="eager")
+    model: nn.Module = CLIPVisionModelWithProjection._from_config(made, attn_implementation="eager")
+    return model
 
 
 def encode_text(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,9 +39,7 @@ def encode_text(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
     """
     # positions are passed in because the module's buffer of them has no value while weights are fake
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    out = model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, output_hidden_states=True
-    )
+    out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, output_hidden_states=True)
     return out.hidden_states[-1].float(), out.text_embeds[:, None].float()
 
 

@@ -86,9 +86,15 @@ class DenoiserConfig:
     def _validate(self) -> None:
         levels = len(self.block_out_channels)
         per_level = (
-            "num_attention_heads down_num_layers_per_block up_num_layers_per_block down_blocks_repeat_mappers "
-            "up_blocks_repeat_mappers block_types_per_layer dropout self_attn"
-        ).split()
+            "num_attention_heads",
+            "down_num_layers_per_block",
+            "up_num_layers_per_block",
+            "down_blocks_repeat_mappers",
+            "up_blocks_repeat_mappers",
+            "block_types_per_layer",
+            "dropout",
+            "self_attn",
+        )
         for name in per_level:
             if len(getattr(self, name)) != levels:
                 raise CheckpointError(
@@ -198,9 +204,7 @@ class Rescale(nn.Module):
     def _resample(self, x: Tensor) -> Tensor:
         if self.scale is None:
             return x
-        y = F.interpolate(
-            x.float().permute(0, 3, 1, 2), scale_factor=self.scale, mode="bilinear", align_corners=True
-        )
+        y = F.interpolate(x.float().permute(0, 3, 1, 2), scale_factor=self.scale, mode="bilinear", align_corners=True)
         return y.permute(0, 2, 3, 1).to(x.dtype)
 
 
@@ -251,9 +255,7 @@ class Denoiser(nn.Module):
                     skip = width if has_skip else 0
                     blocks.append(ResBlock(width, skip, c.kernel_size, c.dropout[level]))
                 elif kind == _TIME:
-                    blocks.append(
-                        TimestepBlock(width, c.timestep_ratio_embedding_dim, c.timestep_conditioning_type)
-                    )
+                    blocks.append(TimestepBlock(width, c.timestep_ratio_embedding_dim, c.timestep_conditioning_type))
                 else:
                     heads = c.num_attention_heads[level]
                     blocks.append(AttnBlock(width, c.conditioning_dim, heads, c.self_attn[level]))
@@ -306,10 +308,8 @@ class Denoiser(nn.Module):
         )
         zero = _embedding_of_zero(timestep_embedding)
         table = [block.modulation(timestep_embedding, zero) for block in self._timestep_blocks()]
-        if table:
-            modulation = torch.cat(table, dim=-1).to(self.dtype)
-        else:
-            modulation = timestep_embedding[:, :0].to(self.dtype)
+        # a network without TimestepBlocks still has a table, of no columns
+        modulation = torch.cat([timestep_embedding[:, :0], *table], dim=-1).to(self.dtype)
         return Context(modulation, kv, self._condition_map(effnet))
 
     def step(self, latents: Tensor, step: Tensor, context: Context) -> Tensor:
@@ -367,14 +367,16 @@ class Denoiser(nn.Module):
             for block, kv in zip(blocks, level_kv.unbind(0), strict=True)
         }
 
-        def run(x: Tensor, blocks: nn.ModuleList, repeats: nn.ModuleList, skip: Tensor | None = None) -> Tensor:
+        def run(x: Tensor, blocks: nn.Module, repeats: nn.Module, skip: Tensor | None = None) -> Tensor:
+            assert isinstance(blocks, nn.ModuleList)
+            assert isinstance(repeats, nn.ModuleList)
             for turn in range(len(repeats) + 1):
                 for position, block in enumerate(blocks):
                     if isinstance(block, ResBlock):
                         x = block(x, skip if position == 0 else None)
                     elif isinstance(block, TimestepBlock):
                         x = block(x, rows[block])
-                    else:
+                    elif isinstance(block, AttnBlock):
                         x = block(x, kvs[block])
                 if turn < len(repeats):
                     x = repeats[turn](x)
@@ -395,7 +397,8 @@ class Denoiser(nn.Module):
 
     def _condition_tokens(self, pooled: Tensor, text: Tensor | None, image: Tensor | None) -> Tensor:
         def tokens(mapper: nn.Linear, x: Tensor) -> Tensor:
-            return mapper(x.to(self.dtype)).unflatten(-1, (self.config.clip_seq, -1)).flatten(1, 2)
+            y: Tensor = mapper(x.to(self.dtype)).unflatten(-1, (self.config.clip_seq, -1))
+            return y.flatten(1, 2)
 
         condition = tokens(self.clip_txt_pooled_mapper, pooled)
         if self.config.is_prior:
@@ -419,14 +422,14 @@ class Denoiser(nn.Module):
 
     def _timestep_blocks(self) -> list[TimestepBlock]:
         stacks = (*self.down_blocks, *self.up_blocks)
-        return [block for stack in stacks for block in stack if isinstance(block, TimestepBlock)]
+        return [block for stack in stacks for block in stack.children() if isinstance(block, TimestepBlock)]
 
     def _attention_blocks(self) -> dict[int, list[AttnBlock]]:
         """``{level: attention blocks, down before up}`` for the levels that have any."""
         found: dict[int, list[AttnBlock]] = {}
         for level in self.config.attention_levels:
             stacks = (self.down_blocks[level], self.up_blocks[self.config.levels - 1 - level])
-            found[level] = [block for stack in stacks for block in stack if isinstance(block, AttnBlock)]
+            found[level] = [block for stack in stacks for block in stack.children() if isinstance(block, AttnBlock)]
         return found
 
 

@@ -69,7 +69,8 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.fc2(nn.functional.silu(self.fc1(x.mean((2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+        y: Tensor = x * gate.sigmoid()
+        return y
 
 
 class MBConv(nn.Module):
@@ -123,12 +124,12 @@ class SemanticEncoder(nn.Module):
         """``[B, 3, H, W]`` float32 in [0, 1], H and W multiples of 32 -> latents ``[B, 16, H/32, W/32]`` float32."""
         mean = torch.tensor(IMAGENET_MEAN, device=pixels.device).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=pixels.device).view(1, 3, 1, 1)
-        x = ((pixels - mean) / std).to(self.mapper[0].weight.dtype)
+        x = ((pixels - mean) / std).to(next(self.mapper.parameters()).dtype)
         y: Tensor = self.mapper(self.backbone(x))
         return y.float()
 
 
 def _multiple_of_8(channels: int) -> int:
-    """torchvision's ``_make_divisible``: nearest multiple of 8, never more than 10 % below."""
+    """Torchvision's ``_make_divisible``: nearest multiple of 8, never more than 10 % below."""
     rounded = max(8, (channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded

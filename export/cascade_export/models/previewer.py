@@ -31,5 +31,5 @@ class Previewer(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """``[B, 16, h, w]`` float32 -> ``[B, 3, 8h, 8w]`` float32, about [0, 1], not clamped."""
-        y: Tensor = self.blocks(latents.to(self.blocks[0].weight.dtype))
+        y: Tensor = self.blocks(latents.to(next(self.blocks.parameters()).dtype))
         return y.float()

@@ -1,6 +1,7 @@
 """Stage A: Paella's VQ autoencoder, used as a plain autoencoder (latents are not quantised at inference).
 
-Matches: ``diffusers/pipelines/deprecated/wuerstchen/modeling_paella_vq_model.py``, ``StableCascade/modules/stage_a.py``.
+Matches: ``diffusers/pipelines/deprecated/wuerstchen/modeling_paella_vq_model.py`` and
+``StableCascade/modules/stage_a.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from cascade_rt.errors import CheckpointError
 
-from .blocks import ConvTranspose2d, Pointwise, layer_norm
+from .blocks import Conv2d, ConvTranspose2d, Pointwise, layer_norm
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,6 @@ class _Latents(nn.Sequential):
         return y.permute(0, 2, 3, 1)
 
 
-class _Down(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class StageA(nn.Module):
     """Pixels <-> latents of 4 channels at a quarter of the size."""
 
@@ -94,33 +90,27 @@ class StageA(nn.Module):
         self.config = config
         widths = [config.embed_dim // 2**i for i in reversed(range(config.levels))]
         shuffle = config.up_down_scale_factor
-        self.in_block = nn.Sequential(
-            nn.PixelUnshuffle(shuffle), Pointwise(config.in_channels * shuffle**2, widths[0])
-        )
+        self.in_block = nn.Sequential(nn.PixelUnshuffle(shuffle), Pointwise(config.in_channels * shuffle**2, widths[0]))
         down: list[nn.Module] = []
         for level, width in enumerate(widths):
             if level:
-                down.append(_Down(widths[level - 1], width, kernel_size=4, stride=2, padding=1))
+                down.append(Conv2d(widths[level - 1], width, kernel_size=4, stride=2, padding=1))
             down.append(MixingResidualBlock(width, width * 4))
         down.append(_Latents(widths[-1], config.latent_channels))
         self.down_blocks = nn.Sequential(*down)
-        self.vquantizer = nn.ModuleDict(
-            {"embedding": nn.Embedding(config.num_vq_embeddings, config.latent_channels)}
-        )
+        self.vquantizer = nn.ModuleDict({"embedding": nn.Embedding(config.num_vq_embeddings, config.latent_channels)})
         up: list[nn.Module] = [nn.Sequential(Pointwise(config.latent_channels, widths[-1]))]
         for level, width in enumerate(reversed(widths)):
             if level:
                 up.append(ConvTranspose2d(widths[-level], width, kernel_size=4, stride=2, padding=1))
             up += [MixingResidualBlock(width, width * 4) for _ in range(1 if level else config.bottleneck_blocks)]
         self.up_blocks = nn.Sequential(*up)
-        self.out_block = nn.Sequential(
-            Pointwise(widths[0], config.out_channels * shuffle**2), nn.PixelShuffle(shuffle)
-        )
+        self.out_block = nn.Sequential(Pointwise(widths[0], config.out_channels * shuffle**2), nn.PixelShuffle(shuffle))
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.in_block[1].weight.dtype  # type: ignore[return-value]
+        return next(self.in_block.parameters()).dtype
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float32 in [0, 1] -> unscaled latents ``[B, 4, H/4, W/4]`` float32."""
