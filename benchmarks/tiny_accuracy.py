@@ -2,8 +2,8 @@
 
     python benchmarks/tiny_accuracy.py --pictures 436 --json tiny_accuracy.json
 
-Every picture has a seed of its own. Reconstruction (semantic encoder -> Stage B -> Stage A) is measured where the bundle has
-an `effnet_encoder`. The last line on standard output is the result as JSON.
+Every picture has a seed of its own. Reconstruction (semantic encoder -> Stage B -> Stage A) is measured where the
+bundle has an `effnet_encoder`. The last line on standard output is the result as JSON.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cascade_tiny import scenes
-from cascade_tiny.judge import Picture, Verdict, judge, psnr
-from cascade_tiny.scenes import Scene, Wish
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from cascade_rt import CascadeError, CascadePipeline
+from cascade_tiny import scenes
+from cascade_tiny.judge import Picture, Verdict, judge, psnr
+from cascade_tiny.scenes import Scene, Wish
 
 # Each goal is a share of the pictures, except the last, which is in dB.
 GOALS = {"valid": 1.0, "background": 0.98, "colour_at_place": 0.95, "shape": 0.90, "reconstruction_db": 24.0}
@@ -36,7 +36,9 @@ def share(verdicts: list[Verdict]) -> dict[str, float]:
     return {name: round(float(np.mean([getattr(v, name) for v in verdicts])), 4) for name in names}
 
 
-def generate(pipe: CascadePipeline, captions: list[str], first_seed: int, options: dict[str, Any], bar: bool) -> list[Picture]:
+def generate(
+    pipe: CascadePipeline, captions: list[str], first_seed: int, options: dict[str, Any], bar: bool
+) -> list[Picture]:
     """One picture a caption, each with its own seed: float32 [256, 256, 3] in 0..1."""
     made: list[Picture] = []
     for i, caption in enumerate(tqdm(captions, desc="pictures", unit="picture", disable=None if bar else True)):
@@ -50,10 +52,10 @@ def reconstruct(pipe: CascadePipeline, scene: Scene, seed: int) -> float:
     drawn = scenes.draw(scene)
     # three quarters of the side: what the semantic encoder was trained on
     small = Image.fromarray(drawn).resize((scenes.SIDE * 3 // 4,) * 2, Image.Resampling.BILINEAR)
-    pixels = np.ascontiguousarray(np.asarray(small, np.float32).transpose(2, 0, 1)[None] / 255)
+    pixels = np.ascontiguousarray(np.asarray(small, np.float32).transpose(2, 0, 1)[None] / np.float32(255))
     semantic = encode(pipe, pixels)
     out = pipe.decoder(semantic, prompt="", seed=seed, output_type="np")
-    return psnr(np.asarray(out.images, np.float32)[0], drawn.astype(np.float32) / 255)
+    return psnr(np.asarray(out.images, np.float32)[0], drawn.astype(np.float32) / np.float32(255))
 
 
 def encode(pipe: CascadePipeline, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -65,7 +67,8 @@ def encode(pipe: CascadePipeline, pixels: NDArray[np.float32]) -> NDArray[np.flo
 
 def relations(count: int) -> list[tuple[str, Scene]]:
     """Captions of two and three shapes that say everything, and scenes that fulfil them."""
-    rng, found = np.random.default_rng(977), []
+    rng = np.random.default_rng(977)
+    found: list[tuple[str, Scene]] = []
     while len(found) < count:
         scene = scenes.sample(rng)
         if len(scene.shapes) > 1:
@@ -107,7 +110,7 @@ def measure(pipe: CascadePipeline, arguments: argparse.Namespace) -> dict[str, A
     result["same_seed_same_bytes"] = np.asarray(warm.images).tobytes() == again.tobytes()
     result["other_seed_difference"] = round(float(np.abs(again - other).mean()), 4)
     strange = generate(pipe, list(STRANGE), 5, options, False)
-    result["strange_prompts_valid"] = all(np.isfinite(p).all() and 0 <= p.min() and p.max() <= 1 for p in strange)
+    result["strange_prompts_valid"] = all(np.isfinite(p).all() and p.min() >= 0 and p.max() <= 1 for p in strange)
 
     times = []
     for i in range(10):
@@ -119,7 +122,7 @@ def measure(pipe: CascadePipeline, arguments: argparse.Namespace) -> dict[str, A
         "p10": round(float(np.quantile(times, 0.1)), 3),
         "p90": round(float(np.quantile(times, 0.9)), 3),
     }
-    if arguments.reconstructions and pipe.bundle.has("effnet_encoder"):
+    if arguments.reconstructions and "effnet_encoder" in pipe.bundle.manifest.engines:
         rng = np.random.default_rng(55)
         originals = [scenes.scene_of(w, rng) for w in held_out[: arguments.reconstructions]]
         quality = [reconstruct(pipe, s, i) for i, s in enumerate(originals)]

@@ -6,7 +6,6 @@ anywhere and go on with the batches it would have seen.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -82,6 +81,7 @@ def kept(
     fingerprint: str,
     count: int,
     make: Callable[[Tensor], Tensor],
+    *,
     what: str,
     workers: int,
     quiet: bool,
@@ -140,4 +140,4 @@ def save(state: object, path: Path) -> None:
     """Writes a torch file beside its place and renames it: whoever reads it finds the old one or the new one, whole."""
     beside = path.with_name(path.name + ".part")
     torch.save(state, beside)
-    os.replace(beside, path)
+    beside.replace(path)

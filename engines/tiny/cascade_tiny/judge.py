@@ -104,14 +104,17 @@ def name_pixels(picture: Picture, palette: tuple[str, ...]) -> Names:
     """The index in `palette` of each pixel's nearest colour: [side, side]."""
     rgb = np.array([COLOURS[c] for c in palette], np.float32) / 255
     squares = picture @ rgb.T * -2 + (rgb**2).sum(axis=1)  # the pixel's own square is the same for every colour
-    return squares.argmin(axis=2)
+    nearest: Names = squares.argmin(axis=2)
+    return nearest
 
 
 def _cells(expected: list[Expected], side: int) -> dict[Expected, NDArray[np.bool_]]:
     """The pixels nearer to each shape's place than to another's: a blended outline may have another shape's colour."""
     at = (np.arange(side) + 0.5) / side
     squares = [
-        np.zeros((side, side)) if e.centre is None else (at[None, :] - e.centre[0]) ** 2 + (at[:, None] - e.centre[1]) ** 2
+        np.zeros((side, side))
+        if e.centre is None
+        else (at[None, :] - e.centre[0]) ** 2 + (at[:, None] - e.centre[1]) ** 2
         for e in expected
     ]
     nearest = np.argmin(squares, axis=0)

@@ -1,7 +1,7 @@
 """Looks at what the networks make while they train: `python -m cascade_tiny.look --out DIR`.
 
-Runs the whole cascade in torch on captions that training never shows, and lets `judge` say what came out. What is shipped is
-measured through the runtime instead (`benchmarks/tiny_accuracy.py`); this is the watching eye of the training.
+Runs the whole cascade in torch on captions that training never shows, and lets `judge` say what came out. What is
+shipped is measured through the runtime instead (`benchmarks/tiny_accuracy.py`); this is the training's watching eye.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cascade_export.models import StageA
 from cascade_tiny import data, diffusion, recipe, scenes
 from cascade_tiny.judge import Verdict, judge, psnr
+from cascade_tiny.recipe import TextEncoder
 from cascade_tiny.text import build_tokenizer, encode
 from cascade_tiny.train import TrainingError, autocast, trained
 
@@ -28,7 +31,7 @@ class Cascade:
 
     def __init__(self, out: Path, device: torch.device) -> None:
         self.device = device
-        self.a = trained(out, "a", device)["a"]
+        self.a = cast("StageA", trained(out, "a", device)["a"])
         self.semantic = trained(out, "semantic", device)
         self.prior = trained(out, "text-c", device) if (out / "text-c.pt").is_file() else None
         self.b = trained(out, "b", device)["b"] if (out / "b.pt").is_file() else None
@@ -54,7 +57,7 @@ class Cascade:
             return self._pictures(semantic, pooled, steps[1], rng)
 
     def reconstruct(self, pictures: Tensor, seed: int, steps: int) -> NDArray[np.float32]:
-        """Pictures uint8 [B, 3, 256, 256] through the semantic encoder, Stage B and Stage A: float32 [B, 256, 256, 3]."""
+        """Pictures uint8 [B, 3, 256, 256] through semantic encoder, Stage B and Stage A: float32 [B, 256, 256, 3]."""
         rng = torch.Generator().manual_seed(seed)
         with torch.inference_mode():
             _, pooled = self._conditions([""] * len(pictures))
@@ -71,8 +74,7 @@ class Cascade:
             return torch.zeros(0), torch.zeros(len(captions), 1, recipe.TEXT_WIDTH, device=self.device)
         ids, mask = (torch.from_numpy(x).to(self.device) for x in encode(self.tokenizer, captions))
         with torch.inference_mode():
-            hidden, pooled = self.prior["text"].conditions(ids, mask)
-        return hidden, pooled
+            return cast("TextEncoder", self.prior["text"]).conditions(ids, mask)
 
     def _pictures(self, semantic: Tensor, pooled: Tensor, steps: int, rng: torch.Generator) -> NDArray[np.float32]:
         if self.b is None:
@@ -127,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         cascade = Cascade(arguments.out, torch.device(arguments.device))
         known = [data.held_out_scene(i) for i in range(arguments.pictures)]
         drawn = data.pictures(known)
-        clean = drawn.permute(0, 2, 3, 1).numpy().astype(np.float32) / 255
+        clean = data.to_unit(drawn).permute(0, 2, 3, 1).numpy()
         for name, made in (
             ("stage A", cascade.through_a(drawn)),
             ("reconstruction", cascade.reconstruct(drawn, 0, arguments.steps[1])),
@@ -135,11 +137,13 @@ def main(argv: list[str] | None = None) -> int:
             quality = np.array([psnr(m, c) for m, c in zip(made, clean, strict=True)])
             print(f"{name}: mean {quality.mean():.2f} dB, worst {quality.min():.2f} dB")
             print(f"    {report([judge(m, s) for m, s in zip(made, known, strict=True)])}")
-        rows = [clean, made]
+        rows: list[NDArray[np.float32]] = [clean, made]
         if cascade.prior is not None:
             wishes = scenes.held_out_wishes()[: arguments.pictures]
             captions = [scenes.canonical(w) for w in wishes]
-            made = cascade.generate(captions, 1, tuple(arguments.steps), arguments.guidance, arguments.shift)
+            made = cascade.generate(
+                captions, 1, (arguments.steps[0], arguments.steps[1]), arguments.guidance, arguments.shift
+            )
             print(f"from captions: {report([judge(m, w) for m, w in zip(made, wishes, strict=True)])}")
             rows.append(made)
         if arguments.png:

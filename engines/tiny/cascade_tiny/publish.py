@@ -1,13 +1,12 @@
-"""Writes the trained averages as a checkpoint folder in diffusers' layout, which `cascade-export --checkpoint` reads.
+"""Writes the trained averages as a checkpoint folder in diffusers' layout, for `cascade-export --checkpoint`.
 
-Everything is named as diffusers names it. Two things are ours: `effnet/`, the semantic encoder, and the key `cascade_rt`
-in `model_index.json`, which says what the model is called and how it is best sampled.
+Everything is named as diffusers names it. Two things are ours: `effnet/`, the semantic encoder, and the key
+`cascade_rt` in `model_index.json`, which says what the model is called and how it is best sampled.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -90,8 +89,8 @@ def publish(out: Path, target: Path) -> None:
     )
     old = target.with_name(target.name + ".old")
     if target.exists():
-        os.replace(target, old)
-    os.replace(beside, target)
+        target.replace(old)
+    beside.replace(target)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -108,7 +108,8 @@ class TextEncoder(CLIPTextModelWithProjection):  # type: ignore[misc]
         """Encodes captions.
 
         Args:
-            ids, mask: int64 [B, L], from `text.encode`.
+            ids: int64 [B, L], from `text.encode`.
+            mask: int64 [B, L], 1 at tokens and 0 at padding.
 
         Returns:
             hidden float32 [B, L, TEXT_WIDTH], before the final norm as Stable Cascade uses it, and pooled
@@ -151,9 +152,7 @@ def build_denoiser(config: DenoiserConfig) -> Denoiser:
     """A denoiser with first weights that train well: it starts as the identity of its embedding and answers zero."""
     model = Denoiser(config)
     for name, parameter in model.named_parameters():
-        if ".mapper" in name:  # timestep blocks start as the identity
-            nn.init.zeros_(parameter)
-        elif name == "clf.1.weight" or name == "clf.1.bias":
+        if ".mapper" in name or name in ("clf.1.weight", "clf.1.bias"):  # timestep blocks start as the identity
             nn.init.zeros_(parameter)
         elif name.endswith("channelwise.4.weight") or name.endswith("to_out.0.weight"):
             with torch.no_grad():
@@ -202,7 +201,7 @@ class Plan:
 PLANS: dict[str, dict[str, Plan]] = {
     "cpu": {
         "a": Plan(steps=1500, batch=16, rate=2e-3, ema=0.99),
-        "semantic": Plan(steps=1600, batch=24, rate=2e-3, ema=0.99),
+        "semantic": Plan(steps=2500, batch=16, rate=1e-3, ema=0.99),
         "text-c": Plan(steps=6000, batch=64, rate=1e-3),
         "b": Plan(steps=6000, batch=16, rate=1e-3),
     },

@@ -1,7 +1,7 @@
 """The drawn world of cascade-tiny: scenes of one to three shapes, their pictures and their captions.
 
-A scene is plain data, drawn from signed distance functions: a pixel's coverage is its distance to the outline, clipped to
-one pixel, so edges are anti-aliased without supersampling and a picture costs about a millisecond.
+A scene is plain data, drawn from signed distance functions: a pixel's coverage is its distance to the outline, clipped
+to one pixel, so edges are anti-aliased without supersampling and a picture costs about a millisecond.
 
 Coordinates are fractions of the picture's side, x to the right and y downwards. Randomness is always an argument.
 """
@@ -106,7 +106,7 @@ class Wish:
     background: str | None = None
 
 
-# --- drawing -----------------------------------------------------------------------------------------------------------
+# --- drawing ------------------------------------------------------------
 
 
 def distance(kind: str, x: Array, y: Array) -> Array:
@@ -114,7 +114,8 @@ def distance(kind: str, x: Array, y: Array) -> Array:
 
     Args:
         kind: one of `SHAPES`.
-        x, y: float32 arrays of one shape: coordinates around the centre, y downwards.
+        x: float32, any shape: coordinates around the centre, to the right.
+        y: float32, same shape, downwards.
 
     Returns:
         float32, same shape: exact near the outline, which is all that coverage needs.
@@ -127,7 +128,8 @@ def distance(kind: str, x: Array, y: Array) -> Array:
         return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.80)
     if kind == "diamond":
         across, along = np.float32(0.70), np.float32(1.08)
-        return (np.abs(x) * along + np.abs(y) * across - across * along) / np.hypot(across, along)
+        outside: Array = (np.abs(x) * along + np.abs(y) * across - across * along) / np.hypot(across, along)
+        return outside
     if kind == "cross":
         ax, ay = np.abs(x), np.abs(y)
         long, thick = np.float32(0.98), np.float32(0.32)
@@ -153,7 +155,8 @@ def _radial(x: Array, y: Array, corners: int, outer: float, inner: float) -> Arr
     dx, dy = px - np.float32(outer), py
     along = np.clip(dx * ux + dy * uy, 0, length)
     side = dx * uy - dy * ux  # positive outside: the centre lies to the other side of the segment
-    return np.hypot(dx - along * ux, dy - along * uy) * np.sign(side)
+    outline: Array = np.hypot(dx - along * ux, dy - along * uy) * np.sign(side)
+    return outline
 
 
 def _heart(x: Array, y: Array) -> Array:
@@ -164,7 +167,8 @@ def _heart(x: Array, y: Array) -> Array:
     diagonal = np.float32(0.5) * np.maximum(ax + up, 0)
     notch = np.hypot(ax, up - 1)
     flank = np.minimum(notch, np.hypot(ax - diagonal, up - diagonal)) * np.sign(ax - up)
-    return np.where(ax + up > 1, lobe, flank) * scale
+    outline: Array = np.where(ax + up > 1, lobe, flank) * scale
+    return outline
 
 
 def mask(shape: Shape, side: int = SIDE) -> Array:
@@ -202,7 +206,7 @@ def draw(scene: Scene, side: int = SIDE) -> NDArray[np.uint8]:
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
 
-# --- choosing ----------------------------------------------------------------------------------------------------------
+# --- choosing ------------------------------------------------------------
 
 
 def held_out(size: str, colour: str, kind: str, place: str, background: str) -> bool:
@@ -283,7 +287,7 @@ def _tint(colour: str, rng: np.random.Generator) -> tuple[float, float, float]:
     return red, green, blue
 
 
-# --- saying ------------------------------------------------------------------------------------------------------------
+# --- saying ------------------------------------------------------------
 
 
 def canonical(wish: Wish) -> str:

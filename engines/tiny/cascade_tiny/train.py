@@ -7,8 +7,9 @@ Four stages, each of them frozen before the next one needs it:
     text-c    captions -> semantic latents: Stage C, and the text encoder with it
     b         semantic latents -> Stage A's latents: Stage B
 
-Learning the semantic latents apart from Stage B, and the velocity instead of the noise, is what makes Stage B work at all:
-trained together on the noise it reads the noisy latents where it should read the semantic ones, and fails from pure noise.
+Learning the semantic latents apart from Stage B, and the velocity instead of the noise, is what makes Stage B work at
+all: trained together on the noise it reads the noisy latents where it should read the semantic ones, and fails from
+pure noise.
 
 Every stage keeps `DIR/STAGE.pt`, written whole or not at all. Ctrl-C saves; the same command goes on from there. More
 `--steps` prolong a stage that has ended.
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,8 +34,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from cascade_export.models import StageA
 from cascade_tiny import data, diffusion, recipe
-from cascade_tiny.recipe import PLANS, SEED, Plan
+from cascade_tiny.recipe import PLANS, SEED, Plan, TextEncoder
 from cascade_tiny.text import PAD_ID, build_tokenizer, encode
 
 STAGES = ("a", "semantic", "text-c", "b")
@@ -61,7 +65,9 @@ def trained(out: Path, stage: str, device: torch.device) -> nn.ModuleDict:
     """
     path = out / f"{stage}.pt"
     if not path.is_file():
-        raise TrainingError(f"{path} is not there; train it first: python -m cascade_tiny.train --out {out} --stage {stage}")
+        raise TrainingError(
+            f"{path} is not there; train it first: python -m cascade_tiny.train --out {out} --stage {stage}"
+        )
     networks = build(stage)
     networks.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
     return networks.to(device).eval().requires_grad_(False)
@@ -88,10 +94,12 @@ class Task(ABC):
         self.prepare(out, quiet)
 
     def prepare(self, out: Path, quiet: bool) -> None:
-        """Loads what earlier stages made."""
+        """Loads what earlier stages made; Stage A needs nothing."""
+        del out, quiet
 
     def begin(self, steps: range) -> None:
-        """Called once before the steps are taken in order."""
+        """Called once before these steps are taken in order; a task that draws pictures starts drawing."""
+        del steps
 
     @abstractmethod
     def loss(self, step: int, rng: torch.Generator) -> Tensor:
@@ -102,6 +110,7 @@ class Task(ABC):
         return torch.from_numpy(data.step_numbers(self.stream, step, self.plan.batch, count))
 
     def noise(self, shape: tuple[int, ...] | torch.Size, rng: torch.Generator) -> Tensor:
+        """Standard normal noise, float32."""
         return torch.randn(shape, generator=rng, device=self.device)
 
 
@@ -110,17 +119,18 @@ class TrainA(Task):
 
     stage = "a"
 
-    def begin(self, steps: range) -> None:
+    def begin(self, steps: range) -> None:  # noqa: D102
         batches = data.Batches(self.stream, self.plan.batch, recipe.SCENES_B)
         self.batches: Iterator[tuple[np.ndarray, Tensor]] = data.load(batches, steps, self.workers)
 
-    def loss(self, step: int, rng: torch.Generator) -> Tensor:
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
+        del rng
         _, drawn = next(self.batches)
         top, left = np.random.default_rng((SEED, 20, step)).integers(0, drawn.shape[-1] - recipe.CROP + 1, 2)
         crop = drawn[:, :, top : top + recipe.CROP, left : left + recipe.CROP]
         pixels = data.to_unit(crop.to(self.device))
-        a = self.networks["a"]
-        error = a.decode(a.encode(pixels)) - pixels
+        a = cast("StageA", self.networks["a"])
+        error: Tensor = a.decode(a.encode(pixels)) - pixels
         return error.abs().mean() + error.square().mean()
 
 
@@ -129,14 +139,14 @@ class TrainSemantic(Task):
 
     stage = "semantic"
 
-    def prepare(self, out: Path, quiet: bool) -> None:
+    def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
         self.latents = latents_a(out, self.device, self.workers, quiet)
 
-    def begin(self, steps: range) -> None:
+    def begin(self, steps: range) -> None:  # noqa: D102
         batches = data.Batches(self.stream, self.plan.batch, len(self.latents))
         self.batches: Iterator[tuple[np.ndarray, Tensor]] = data.load(batches, steps, self.workers)
 
-    def loss(self, step: int, rng: torch.Generator) -> Tensor:
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
         numbers, drawn = next(self.batches)
         # either way of shrinking a picture must do: callers have both
         pixels = data.for_semantic(data.to_unit(drawn.to(self.device)), nearest=step % 2 == 1)
@@ -151,17 +161,17 @@ class TrainTextC(Task):
 
     stage = "text-c"
 
-    def prepare(self, out: Path, quiet: bool) -> None:
+    def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
         self.semantic = latents_semantic(out, self.device, self.workers, quiet).to(self.device)
         self.ids = data.caption_ids(len(self.semantic)).to(self.device)
         self.empty = torch.from_numpy(encode(build_tokenizer(), [""])[0][0]).to(self.device)
 
-    def loss(self, step: int, rng: torch.Generator) -> Tensor:
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
         numbers = self.numbers(step, len(self.semantic)).to(self.device)
         which, dropped, t = torch.rand(3, len(numbers), generator=rng, device=self.device)
         ids = self.ids[numbers, (which * recipe.CAPTIONS).long()]
         ids = torch.where(dropped[:, None] < recipe.CAPTION_DROPOUT, self.empty, ids)
-        hidden, pooled = self.networks["text"].conditions(ids, (ids != PAD_ID).long())
+        hidden, pooled = cast("TextEncoder", self.networks["text"]).conditions(ids, (ids != PAD_ID).long())
         x0 = self.semantic[numbers].float()
         noisy, velocity = diffusion.noised(x0, self.noise(x0.shape, rng), t)
         image = x0.new_zeros(len(x0), 1, recipe.STAGE_C.clip_image_in_channels or 0)
@@ -173,14 +183,14 @@ class TrainB(Task):
 
     stage = "b"
 
-    def prepare(self, out: Path, quiet: bool) -> None:
+    def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
         self.latents = latents_a(out, self.device, self.workers, quiet).to(self.device)
         self.semantic = latents_semantic(out, self.device, self.workers, quiet)[: len(self.latents)].to(self.device)
         self.ids = data.caption_ids(len(self.latents)).to(self.device)
-        self.text = trained(out, "text-c", self.device)["text"]
+        self.text = cast("TextEncoder", trained(out, "text-c", self.device)["text"])
         self.empty = torch.from_numpy(encode(build_tokenizer(), [""])[0][0]).to(self.device)
 
-    def loss(self, step: int, rng: torch.Generator) -> Tensor:
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
         numbers = self.numbers(step, len(self.latents)).to(self.device)
         which, dropped, blind, high, t = torch.rand(5, len(numbers), generator=rng, device=self.device)
         ids = self.ids[numbers, (which * recipe.CAPTIONS).long()]
@@ -211,11 +221,16 @@ def latents_a(out: Path, device: torch.device, workers: int, quiet: bool) -> Ten
 
     def make(pixels: Tensor) -> Tensor:
         with autocast(device):
-            latents: Tensor = networks["a"].encode(pixels.to(device))
-        return latents
+            return cast("StageA", networks["a"]).encode(pixels.to(device))
 
     return data.kept(
-        out / "latents-a.pt", fingerprint(networks), recipe.SCENES_B, make, "Stage A's latents", workers, quiet
+        out / "latents-a.pt",
+        fingerprint(networks),
+        recipe.SCENES_B,
+        make,
+        what="Stage A's latents",
+        workers=workers,
+        quiet=quiet,
     )
 
 
@@ -228,7 +243,13 @@ def latents_semantic(out: Path, device: torch.device, workers: int, quiet: bool)
         return semantic
 
     return data.kept(
-        out / "latents-semantic.pt", fingerprint(networks), recipe.SCENES_C, make, "semantic latents", workers, quiet
+        out / "latents-semantic.pt",
+        fingerprint(networks),
+        recipe.SCENES_C,
+        make,
+        what="semantic latents",
+        workers=workers,
+        quiet=quiet,
     )
 
 
@@ -245,9 +266,7 @@ class Trainer:
     def __init__(self, task: Task, path: Path) -> None:
         self.task, self.path, self.step = task, path, 0
         self.parameters = [p for p in task.networks.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {k: v.clone() for k, v in task.networks.state_dict().items()}
         if path.is_file():
             self._load(torch.load(path, map_location=task.device, weights_only=True))
@@ -263,6 +282,7 @@ class Trainer:
         self.step = int(state["step"])  # type: ignore[call-overload]
 
     def save(self) -> None:
+        """Writes the state that the next run goes on from."""
         data.save(
             {
                 "step": self.step,
@@ -351,10 +371,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
+    """Runs the command; returns the exit code. Call it in the main thread: it takes over Ctrl-C."""
     arguments = parse_arguments(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    # started in the background, a process ignores Ctrl-C's signal; both signals mean: save and stop
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
     device = torch.device(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
