@@ -1,0 +1,116 @@
+"""Rung "engine": every exported graph against its module, through the runtime's own backend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Cascade
+from reference import rel_l2
+from safetensors.torch import load_file
+
+from cascade_export.models import build_model
+from cascade_export.verify import TOLERANCES
+from cascade_rt import EngineError
+from cascade_rt.backends import open_engine
+from cascade_rt.image import resize_bilinear
+from cascade_rt.sampling import timestep_embedding
+
+BOUND = TOLERANCES["engine fp32"].rel_l2
+FOLDERS = {"stage_c": "prior_prior", "stage_b": "decoder", "stage_a": "vqgan"}
+
+
+def module_of(cascade: Cascade, component: str) -> Any:
+    folder = cascade.checkpoint / FOLDERS.get(component, component)
+    config = json.loads((folder / "config.json").read_text())
+    module = build_model(component, config)
+    weights = next(Path(folder).glob("*.safetensors"))
+    module.load_state_dict(load_file(weights), strict=False)
+    return module
+
+
+def run(cascade: Cascade, name: str, feeds: dict[str, Any]) -> dict[str, Any]:
+    with open_engine(cascade.ours.bundle, name, "cpu") as engine:
+        return engine.bind({})(feeds)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", ["stage_c", "stage_b"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_denoiser_engines(cascade: Cascade, stage: str, batch: int) -> None:
+    """Batches, sizes and token counts other than those that were traced."""
+    model, rng = module_of(cascade, stage), np.random.default_rng(batch)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    c = model.config
+    conditions = {"clip_text_pooled": draw(batch, 1, c.clip_text_pooled_in_channels)}
+    if stage == "stage_c":
+        conditions |= {"clip_text": draw(batch, 5, c.clip_text_in_channels)}
+        conditions |= {"clip_img": draw(batch, 2, c.clip_image_in_channels)}
+        latents = draw(batch, 16, 4, 3)
+    else:
+        conditions |= {"effnet": draw(batch, 16, 4, 3)}
+        latents = draw(batch, 4, c.granularity, 2 * c.granularity)
+    ratios = np.array([0.9936, 0.5], dtype=np.float32)
+    feeds = dict(conditions)
+    if "effnet" in feeds:
+        feeds["effnet"] = resize_bilinear(feeds["effnet"], *(s // c.patch_size for s in latents.shape[2:]))
+    feeds["timestep_embedding"] = timestep_embedding(ratios, c.timestep_ratio_embedding_dim)
+    with (
+        open_engine(cascade.ours.bundle, f"{stage}.context", "cpu") as context,
+        open_engine(cascade.ours.bundle, f"{stage}.step", "cpu") as step,
+    ):
+        bound = step.bind(context.bind({})(feeds))  # type: ignore[arg-type]
+        given = {k: torch.from_numpy(v) for k, v in conditions.items()}
+        for row, ratio in enumerate(ratios):
+            wanted = model(torch.from_numpy(latents), torch.full((batch,), float(ratio)), **given).numpy()
+            made = bound({"latents": latents, "step": np.array([row])})["prediction"]
+            assert isinstance(made, np.ndarray)
+            assert rel_l2(made, wanted) <= BOUND
+            other = bound({"latents": latents, "step": np.array([1 - row])})["prediction"]
+            assert rel_l2(other, wanted) > 1e-3  # type: ignore[arg-type]
+        with pytest.raises(EngineError, match="without step"):
+            bound({"latents": latents})
+
+
+@torch.no_grad()
+@pytest.mark.covers("stage_a.encode", "runtime")
+def test_stage_a_engines(cascade: Cascade) -> None:
+    model, rng = module_of(cascade, "stage_a"), np.random.default_rng(0)
+    latents = rng.standard_normal((3, 4, 5, 7), dtype=np.float32)
+    wanted = model.decode(torch.from_numpy(latents)).numpy()
+    assert rel_l2(run(cascade, "stage_a.decode", {"latents": latents})["pixels"], wanted) <= BOUND
+    pixels = rng.random((1, 3, 16, 24), dtype=np.float32)
+    wanted = model.encode(torch.from_numpy(pixels)).numpy()
+    assert rel_l2(run(cascade, "stage_a.encode", {"pixels": pixels})["latents"], wanted) <= BOUND
+    assert rel_l2(run(cascade, "stage_a.encode", {"pixels": 1 - pixels})["latents"], wanted) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.covers("image_encoder", "runtime")
+@pytest.mark.covers("image_encoder", "parity")
+@pytest.mark.covers("effnet_encoder", "runtime")
+@pytest.mark.covers("previewer", "runtime")
+def test_encoder_engines(cascade: Cascade) -> None:
+    if cascade.name != "shallow":
+        pytest.skip("the encoders are exported with one of the shapes")
+    from transformers import CLIPVisionModelWithProjection
+
+    rng = np.random.default_rng(1)
+    pixels = rng.standard_normal((3, 3, 32, 32), dtype=np.float32)
+    vision = CLIPVisionModelWithProjection.from_pretrained(cascade.checkpoint / "image_encoder").eval()
+    wanted = vision(pixel_values=torch.from_numpy(pixels)).image_embeds.numpy()[:, None]
+    assert rel_l2(run(cascade, "image_encoder", {"pixel_values": pixels})["image_embeds"], wanted) <= BOUND
+    pixels = rng.random((1, 3, 64, 96), dtype=np.float32)
+    wanted = module_of(cascade, "effnet")(torch.from_numpy(pixels)).numpy()
+    assert rel_l2(run(cascade, "effnet_encoder", {"pixels": pixels})["latents"], wanted) <= BOUND
+    latents = rng.standard_normal((2, 16, 3, 4), dtype=np.float32)
+    wanted = module_of(cascade, "previewer")(torch.from_numpy(latents)).numpy()
+    assert rel_l2(run(cascade, "previewer", {"latents": latents})["pixels"], wanted) <= BOUND
+    assert rel_l2(run(cascade, "previewer", {"latents": -latents})["pixels"], wanted) > 1e-3

@@ -1,0 +1,98 @@
+"""The commands, as typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import cascade_rt
+from cascade_rt.cli import main_info, main_run
+
+QUICK = ["--steps", "1", "--decoder-steps", "1"]
+
+
+def test_run_writes_a_png_that_says_what_it_is(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "picture.png"
+    assert main_run(["a red circle", "--bundle", str(shipped), "-o", str(out), "--seed", "0", "--json", *QUICK]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    report = json.loads(captured.out)
+    assert report["files"] == [str(out)]
+    assert set(report["seconds"]) == {"text_encoder", "stage_c", "stage_b", "stage_a", "total"}
+    image = Image.open(out)
+    assert image.size == (report["width"], report["height"]) == (256, 256)
+    assert image.text["prompt"] == "a red circle"
+    assert image.text["seed"] == "0"
+    assert {"sampler", "steps", "bundle", "guidance"} <= set(image.text)
+    assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_several_pictures_are_numbered(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "x.png")
+    assert main_run(["a", "--bundle", str(shipped), "-o", out, "--images", "2", "--size", "128x192", *QUICK]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x-1.png", "x-2.png"]
+    assert Image.open(tmp_path / "x-1.png").size == (128, 192)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--size", "63x64"], 2, "width 63 is not accepted"),
+        (["--size", "0x64"], 2, "width 0"),
+        (["--size", "1000000x1024"], 2, "width 1000000"),
+        (["--size", "-64x64"], 2, "width -64"),
+        (["--size", "big"], 2, "WIDTHxHEIGHT"),
+        (["--steps", "0"], 2, "0 steps"),
+        (["--guidance", "nan"], 2, "nan is not accepted"),
+        (["--seed", "-1"], 2, "seed -1"),
+        (["--seed", "99999999999999999999"], 2, "seed 99999999999999999999"),
+        (["--sampler", "euler"], 2, "original, diffusers"),
+        (["--provider", "gpu"], 2, "accepted: auto, cpu"),
+        (["--bundle", "/no/such/place"], 2, "there is no bundle"),
+        (["-o", "x.jpg"], 2, "no PNG name"),
+        (["-o", "/no/such/folder/x.png"], 1, "does not exist"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    shipped: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert main_run(["x", "--bundle", str(shipped), *arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("command", [main_run, main_info])
+def test_help_has_an_example(command: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(["--help"])  # type: ignore[operator]
+    assert stop.value.code == 0
+    assert "examples:" in capsys.readouterr().out
+
+
+def test_a_long_prompt_is_a_warning(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "x.png"
+    assert main_run(["red " * 2500, "--bundle", str(shipped), "-o", str(out), *QUICK]) == 0
+    assert "this part of the prompt was cut off" in capsys.readouterr().err
+    assert out.is_file()
+
+
+def test_info(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_info([str(shipped), "--check"]) == 0
+    table = capsys.readouterr().out
+    assert "stage_c.step" in table
+    assert "all hashes right" in table
+    assert main_info([str(shipped), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format_version"] == 1
+    assert main_info(["/no/such/place"]) == 2
+
+
+def test_the_version_is_one_number() -> None:
+    from importlib.metadata import version
+
+    assert version("cascade-rt") == cascade_rt.__version__

@@ -1,0 +1,59 @@
+"""Noise against values that PyTorch printed (the parity folder draws anew and compares every shape)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cascade_rt import RequestError
+from cascade_rt.noise import TorchCPU, TorchCUDA, make_noise
+
+# torch.manual_seed(0); torch.randn(12, device="cuda")
+CUDA_SEED_0 = [
+    -0.9247, -0.4253, -2.6438, 0.1452, -0.1209, -0.5797, -0.6229, -0.3284, -1.0745, -0.3631, -1.6711, 2.2655,
+]  # fmt: skip
+# torch.randn(18, generator=torch.Generator().manual_seed(0))
+CPU_SEED_0 = [
+    -1.1258398, -1.1523602, 0.5666506, 0.7935084, 0.5988395, -1.5550951, -0.3413604, 1.8530061, 0.4680964, -0.1577125,
+    1.4437300, 0.2660495, 1.3894129, 1.5863342, 0.9462984, -0.8436768, 0.9318330, 1.2589845,
+]  # fmt: skip
+
+
+def test_cuda_matches_published_values() -> None:
+    made = TorchCUDA(0).normal((12,))
+    assert made.dtype == np.float32
+    np.testing.assert_allclose(made, CUDA_SEED_0, atol=6e-5)
+    assert not np.allclose(TorchCUDA(1).normal((12,)), CUDA_SEED_0, atol=6e-5)
+
+
+def test_cpu_matches_torch_with_a_tail() -> None:
+    made = TorchCPU(0).normal((18,))
+    assert made.dtype == np.float32
+    np.testing.assert_allclose(made, CPU_SEED_0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["torch-cpu", "torch-cuda"])
+def test_calls_go_on_and_seeds_differ(kind: str) -> None:
+    source, again, other = (make_noise(kind, seed) for seed in (7, 7, 8))
+    first, second = source.normal((2, 4, 16, 16)), source.normal((2, 4, 16, 16))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first, again.normal((2, 4, 16, 16)))
+    assert not np.array_equal(first, other.normal((2, 4, 16, 16)))
+    assert abs(first.mean()) < 0.1
+    assert abs(first.std() - 1) < 0.1
+
+
+def test_cuda_beyond_one_launch_has_no_repeats() -> None:
+    made = TorchCUDA(0, threads=512).normal((5000,))
+    assert len(np.unique(made)) > 4990
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True, "0"])
+def test_bad_seeds_are_named(seed: object) -> None:
+    with pytest.raises(RequestError, match="seed .* integer from 0 to"):
+        make_noise("torch-cpu", seed)  # type: ignore[arg-type]
+
+
+def test_unknown_kind_lists_the_known() -> None:
+    with pytest.raises(RequestError, match="torch-cpu, torch-cuda"):
+        make_noise("numpy", 0)
