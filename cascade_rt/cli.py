@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .backends import PROVIDERS
 from .bundle import MANIFEST, find_bundle
-from .commands import run_command
+from .commands import CommandParser, run_command
 from .errors import OutputError, RequestError
 from .image import save_png
 from .pipeline import CascadePipeline
@@ -34,12 +34,7 @@ INFO_EXAMPLES = """examples:
 
 def run_parser() -> argparse.ArgumentParser:
     """The command line of ``cascade-run``."""
-    parser = argparse.ArgumentParser(
-        prog="cascade-run",
-        description="Make a picture from a prompt, without torch.",
-        epilog=RUN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("cascade-run", "Make a picture from a prompt, without torch.", RUN_EXAMPLES)
     add = parser.add_argument
     add("prompt", help="what to draw")
     add("--bundle", metavar="DIR", help="engine bundle or hub id of one (default: the one that is shipped)")
@@ -64,12 +59,7 @@ def run_parser() -> argparse.ArgumentParser:
 
 def info_parser() -> argparse.ArgumentParser:
     """The command line of ``cascade-info``."""
-    parser = argparse.ArgumentParser(
-        prog="cascade-info",
-        description="Show what is in an engine bundle.",
-        epilog=INFO_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("cascade-info", "Show what is in an engine bundle.", INFO_EXAMPLES)
     parser.add_argument("bundle", nargs="?", metavar="DIR", help="bundle (default: the one that is shipped)")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     parser.add_argument("--check", action="store_true", help="read every file and compare its hash")

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 from .errors import BundleNotFoundError, CascadeError, MissingCheckpointError, RequestError
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other error's."""
+
+    def __init__(self, prog: str, description: str, examples: str) -> None:
+        super().__init__(prog, description=description, epilog=examples, formatter_class=argparse.RawTextHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            RequestError: always.
+        """
+        raise RequestError(f"{message}; see {self.prog} --help")
 
 
 def run_command(command: Callable[[], None]) -> int:

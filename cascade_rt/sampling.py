@@ -154,7 +154,8 @@ def denoise_step(schedule: Schedule, step: int, latents: Array, prediction: Arra
         ``[B, C, H, W]`` float32.
     """
     a, b, c = (np.float32(x) for x in schedule.update[step])
-    return a * latents + b * prediction + c * noise
+    following: Array = a * latents + b * prediction + c * noise
+    return following
 
 
 def predict_x0(schedule: Schedule, step: int, latents: Array, prediction: Array) -> Array:

@@ -68,9 +68,10 @@ class PromptTokenizer:
         for row, encoding in enumerate(self._tokenizer.encode_batch(list(prompts))):
             tokens = encoding.ids
             if len(tokens) > length:
-                lost = self._tokenizer.decode(tokens[length - 1 : -1])
+                # the prompt's own words from the first lost token on; the last token is the end token
+                lost = prompts[row][encoding.offsets[length - 1][0] :].strip()
                 warnings.warn(
-                    f"the text encoder takes {length} tokens; this part of the prompt was cut off: {lost!r}",
+                    f"the text encoder takes {length} tokens; this part of the prompt was cut off: {_short(lost)}",
                     PromptTruncatedWarning,
                     stacklevel=3,
                 )
@@ -78,3 +79,10 @@ class PromptTokenizer:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return ids, mask
+
+
+def _short(text: str, limit: int = 120) -> str:
+    """A text in quotes, its middle left out where it is long."""
+    if len(text) <= limit:
+        return repr(text)
+    return f"{text[: limit // 2]!r} ... {text[-limit // 2 :]!r} ({len(text)} characters)"

@@ -173,7 +173,7 @@ class RandomCheckpoint:
 
 def byte_tokenizer(config: Mapping[str, Any]) -> TokenizerSource:
     """A tokenizer of 256 bytes and CLIP's start and end tokens."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     begin, end = config["bos_token_id"], config["eos_token_id"]
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -181,6 +181,7 @@ def byte_tokenizer(config: Mapping[str, Any]) -> TokenizerSource:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|startoftext|>", "<|endoftext|>")])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>",
         special_tokens=[("<|startoftext|>", begin), ("<|endoftext|>", end)],

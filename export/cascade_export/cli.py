@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import cascade_rt
-from cascade_rt.commands import run_command
+from cascade_rt.commands import CommandParser, run_command
 from cascade_rt.errors import RequestError
 from cascade_rt.stages import PRECISIONS, STAGES, Precision, Size, StageName
 
@@ -23,11 +23,8 @@ EXAMPLES = """examples:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="cascade-export",
-        description="Export stages of Stable Cascade to ONNX, into an engine bundle.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "cascade-export", "Export stages of Stable Cascade to ONNX, into an engine bundle.", EXAMPLES
     )
     parser.add_argument(
         "--stage",

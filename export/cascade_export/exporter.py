@@ -226,7 +226,8 @@ class _Builder:
             self._add_tokenizer()
         written = time.perf_counter()
         self._done.add(stage)
-        line = f"{stage}: traced in {traced - started:.1f} s, {size / 2**20:.1f} MiB of weights in {written - traced:.1f} s"
+        line = f"{stage}: traced in {traced - started:.1f} s"
+        line += f", {size / 2**20:.1f} MiB of weights in {written - traced:.1f} s"
         if self._request.verify:
             figures = self._verify(specs, config, source)
             line += f", verified in {time.perf_counter() - written:.1f} s"

@@ -79,6 +79,7 @@ def publish(out: Path, target: Path) -> None:
             "_class_name": "StableCascadeCombinedPipeline",
             "cascade_rt": {
                 "name": "cascade-tiny",
+                "size": "tiny",
                 "licence": "Apache-2.0",
                 "height": SIDE,
                 "width": SIDE,

@@ -254,9 +254,9 @@ def latents_semantic(out: Path, device: torch.device, workers: int, quiet: bool)
 
 
 def rate_at(step: int, steps: int, peak: float) -> float:
-    """The learning rate: a rise over 100 steps, level, and a fall over the last third."""
+    """The learning rate: a rise over 100 steps, level, and a fall over the second half."""
     rise = min(1.0, (step + 1) / 100)
-    fall = min(1.0, (steps - step) / (steps / 3))
+    fall = min(1.0, (steps - step) / (steps / 2))
     return peak * rise * fall
 
 
