@@ -10,7 +10,7 @@ import hashlib
 import importlib.resources
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -85,10 +85,13 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """One component of the checkpoint: its config (enough to build it again), weights file and prediction type."""
+    """One component of the checkpoint: its config (enough to build it again), weights file and prediction type.
+
+    ``weights`` is None where the bundle holds only plans of it: a plan contains the weights.
+    """
 
     config: Mapping[str, Any]
-    weights: str
+    weights: str | None
     prediction_type: PredictionType | None = None
 
 
@@ -105,7 +108,8 @@ class EngineRecord:
         opset: ONNX opset, None for a plan.
         tools: versions of what made it.
         verification: figures against fp32 PyTorch; None if the export was told not to verify.
-        target: a plan's GPU: ``{"sm": ..., "version": ...}``.
+        target: what a plan was built for and from: ``sm`` (list of int), ``version`` of the runtime, ``profile``
+            (input -> min, opt, max), ``flags``, ``graph_sha256``, ``weights_sha256``; None for a graph.
     """
 
     spec: EngineSpec
@@ -123,22 +127,40 @@ class EngineRecord:
         """Every file that the engine needs."""
         return (self.file, *self.weights)
 
+    @property
+    def sm(self) -> tuple[int, ...]:
+        """Compute capabilities that a plan runs on, 89 for 8.9; empty for a graph."""
+        return tuple(self.target["sm"]) if self.target else ()
+
+    @property
+    def key(self) -> tuple[str, str, tuple[int, ...]]:
+        """What a bundle holds at most one of."""
+        return self.spec.name, self.runtime, self.sm
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """``cascade.json``."""
+    """``cascade.json``.
+
+    ``engines`` maps a name to its records: a graph and plans of several GPUs may lie side by side, the graph first.
+    """
 
     model: ModelFacts
     sampling: Mapping[str, SamplerPreset]
     models: Mapping[str, ModelRecord] = field(default_factory=dict)
-    engines: Mapping[str, EngineRecord] = field(default_factory=dict)
+    engines: Mapping[str, tuple[EngineRecord, ...]] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokenizer: TokenizerRecord | None = None
+
+    @property
+    def records(self) -> tuple[EngineRecord, ...]:
+        """Every engine record."""
+        return tuple(record for records in self.engines.values() for record in records)
 
     def to_json(self) -> str:
         """The text of ``cascade.json``."""
         engines = []
-        for record in self.engines.values():
+        for record in self.records:
             row = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "spec"}
             spec = record.spec
             row |= {
@@ -174,10 +196,7 @@ class Manifest:
                     f"{where} has bundle format {version!r}; this cascade-rt reads up to {FORMAT_VERSION}. "
                     "Upgrade with: pip install -U cascade-rt"
                 )
-            engines = {}
-            for row in document["engines"]:
-                record = _engine_record(row)
-                engines[record.spec.name] = record
+            engines = group(_engine_record(row) for row in document["engines"])
             tokenizer = document["tokenizer"]
             made = cls(
                 ModelFacts(**document["model"]),
@@ -195,8 +214,12 @@ class Manifest:
     def _validate(self, where: str) -> None:
         for name in self.files:
             _inside(name, where)
-        needed = {file for record in self.engines.values() for file in record.files}
-        needed |= {model.weights for model in self.models.values()}
+        keys = [record.key for record in self.records]
+        if len(set(keys)) < len(keys):
+            name, runtime, _ = next(key for key in keys if keys.count(key) > 1)
+            raise BundleError(f"{where} lists the {runtime} engine {name} twice for the same GPU")
+        needed = {file for record in self.records for file in record.files}
+        needed |= {model.weights for model in self.models.values() if model.weights is not None}
         needed |= {self.tokenizer.file} if self.tokenizer else set()
         if missing := sorted(needed - set(self.files)):
             raise BundleError(f"{where} names {missing[0]!r} but lists no hash for it")
@@ -205,6 +228,14 @@ class Manifest:
         for name, model in self.models.items():
             if model.prediction_type not in (None, *PREDICTION_TYPES):
                 raise BundleError(f"{where}: {name} has an unknown prediction type {model.prediction_type!r}")
+
+
+def group(records: Iterable[EngineRecord]) -> dict[str, tuple[EngineRecord, ...]]:
+    """Records by engine name, graphs before plans."""
+    found: dict[str, list[EngineRecord]] = {}
+    for record in records:
+        found.setdefault(record.spec.name, []).append(record)
+    return {name: tuple(sorted(rows, key=lambda r: (r.runtime != "onnx", r.key))) for name, rows in found.items()}
 
 
 def _engine_record(row: dict[str, Any]) -> EngineRecord:
@@ -308,21 +339,42 @@ class Bundle:
         self._checked.add(name)
         return path
 
-    def engine(self, name: str) -> EngineRecord:
+    def engine(self, name: str, runtime: str | None = None, sm: int | None = None) -> EngineRecord:
         """The record of an engine.
+
+        Args:
+            name: of the engine.
+            runtime: ``onnx``, ``tensorrt`` or ``tensorrt-rtx``; None: whichever there is, a graph first.
+            sm: compute capability of the GPU that it is for, 89 for 8.9; None: any.
 
         Raises:
             BundleError: the bundle does not have it.
         """
-        try:
-            return self.manifest.engines[name]
-        except KeyError:
-            stage, size = ENGINES[name].stage, self.manifest.model.size
-            size = f" --size {size}" if size != "custom" else ""
+        records = self.manifest.engines.get(name, ())
+        fitting = [r for r in records if runtime in (None, r.runtime)]
+        if chosen := [r for r in fitting if sm is None or sm in r.sm]:
+            return chosen[0]
+        if fitting:
+            built = ", ".join(f"SM {number}" for number in sorted({n for r in fitting for n in r.sm}))
             raise BundleError(
-                f"the bundle {self.path} has no engine {name}; add it with: "
-                f"cascade-export --stage {stage}{size} --out {self.path}"
-            ) from None
+                f"the bundle {self.path} has the {runtime} engine {name} for {built}; this GPU is SM {sm}. "
+                f"Add it with: {self.command(name, runtime, sm)}"
+            )
+        kind = "engine" if runtime is None else f"{runtime} engine"
+        there = f" (it has {', '.join(sorted({r.runtime for r in records}))})" if records else ""
+        raise BundleError(
+            f"the bundle {self.path} has no {kind} {name}{there}; add it with: {self.command(name, runtime, sm)}"
+        )
+
+    def command(self, name: str, runtime: str | None = None, sm: int | None = None) -> str:
+        """The command that makes an engine of this bundle."""
+        size = self.manifest.model.size
+        parts = [f"cascade-export --stage {ENGINES[name].stage}", f"--size {size}" if size != "custom" else ""]
+        if runtime not in (None, "onnx"):
+            parts.append(f"--target {runtime}")
+            if runtime == "tensorrt-rtx" and sm is not None:
+                parts.append(f"--sm {sm}")
+        return " ".join([*filter(None, parts), f"--out {self.path}"])
 
     def tokenizer(self) -> PromptTokenizer:
         """The tokenizer.

@@ -163,11 +163,12 @@ def show(args: argparse.Namespace) -> None:
     total = sum(f["bytes"] for f in manifest.files.values())
     print(f"{len(manifest.files)} files, {total / 2**20:.1f} MiB" + (", all hashes right" if args.check else ""))
     rows = [("engine", "runtime", "precision", "from fp32", "inputs")]
-    for name, record in manifest.engines.items():
+    for record in manifest.records:
         figures = record.verification
         error = "not verified" if figures is None else f"{figures['rel_l2']:.1e}"
         inputs = ", ".join(f"{t.name}[{' x '.join(map(str, t.axes))}]" for t in record.spec.inputs)
-        rows.append((name, record.runtime, record.precision, error, inputs))
+        runtime = " ".join([record.runtime, *(f"sm{number}" for number in record.sm)])
+        rows.append((record.spec.name, runtime, record.precision, error, inputs))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))

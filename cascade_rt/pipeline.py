@@ -471,8 +471,8 @@ class PriorPipeline:
         pipe, facts = self._pipe, self._pipe.bundle.manifest.model
         step_spec, context_spec = (pipe.bundle.engine(f"stage_c.{part}").spec for part in ("step", "context"))
         preset = pipe._preset(sampler)
-        granularity = pipe.bundle.manifest.engines.get("stage_b.step")
-        grid = granularity.spec.ranges["height"].multiple if granularity else 1
+        decoders = pipe.bundle.manifest.engines.get("stage_b.step")
+        grid = decoders[0].spec.ranges["height"].multiple if decoders else 1
         height, width = (_default(s, d) for s, d in zip(size, (facts.height, facts.width), strict=True))
         sizes = plan_sizes(facts, grid, pipe._sampler(sampler), height, width)
         scale = check_scale(scale_name, _default(scale, preset.prior.guidance_scale))

@@ -219,6 +219,11 @@ class BundleCheckpoint:
         model = self._bundle.manifest.models.get(name)
         if model is None:
             return None
+        if model.weights is None:
+            raise CheckpointError(
+                f"the bundle {self._bundle.path} holds {name} only as TensorRT plans, which cannot be exported again; "
+                f"name the checkpoint that they came from with --checkpoint ({self._bundle.manifest.model.source})"
+            )
         weights = SafetensorsSource([self._bundle.file(model.weights)])
         return Component(dict(model.config), weights, model.prediction_type or "epsilon")
 

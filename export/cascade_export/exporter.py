@@ -30,6 +30,7 @@ from cascade_rt.bundle import (
     ModelRecord,
     SamplerPreset,
     file_record,
+    group,
 )
 from cascade_rt.errors import CheckpointError, EngineError, OutputError, RequestError
 from cascade_rt.stages import EngineSpec, Precision, StageName, engines_of
@@ -178,7 +179,7 @@ class _Builder:
         self._folder = folder
         self._report = report
         self._models: dict[str, ModelRecord] = dict(old.models) if old else {}
-        self._engines: dict[str, EngineRecord] = dict(old.engines) if old else {}
+        self._engines: dict[str, EngineRecord] = {r.spec.name: r for r in old.records} if old else {}
         self._files: dict[str, Mapping[str, Any]] = dict(old.files) if old else {}
         self._tokenizer: TokenizerRecord | None = old.tokenizer if old else None
         self._old = old
@@ -307,7 +308,7 @@ class _Builder:
         if stage_a:
             model = replace(model, compression=StageAConfig.from_dict(dict(stage_a.config)).compression)
         files = {name: self._files[name] for name in sorted(self._files)}
-        manifest = Manifest(model, sampling, self._models, self._engines, files, self._tokenizer)
+        manifest = Manifest(model, sampling, self._models, group(self._engines.values()), files, self._tokenizer)
         self._remove(MANIFEST)
         (self._folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
