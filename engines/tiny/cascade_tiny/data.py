@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cascade_tiny import scenes, text
+from cascade_tiny.meaning import meaning
 from cascade_tiny.recipe import CAPTIONS, SEED, SEMANTIC_SIDE
 
 _SCENE, _CAPTION, _HELD_OUT = range(3)  # streams of random numbers that must not meet
@@ -123,6 +124,12 @@ class _Consecutive(Dataset[Tensor]):
 
     def __getitem__(self, block: int) -> Tensor:
         return pictures([scene(i) for i in range(block * self.size, min((block + 1) * self.size, self.count))])
+
+
+@cache
+def meanings(count: int) -> Tensor:
+    """The semantic latents of each training scene: float16 [count, 16, 6, 6]."""
+    return torch.from_numpy(np.stack([meaning(scene(i)).astype(np.float16) for i in range(count)]))
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from cascade_export.models import StageA
 from cascade_tiny import data, diffusion, recipe, scenes
 from cascade_tiny.judge import Verdict, judge, psnr
+from cascade_tiny.meaning import meaning
 from cascade_tiny.recipe import TextEncoder
 from cascade_tiny.text import build_tokenizer, encode
 from cascade_tiny.train import TrainingError, autocast, trained
@@ -32,17 +34,15 @@ class Cascade:
     def __init__(self, out: Path, device: torch.device) -> None:
         self.device = device
         self.a = cast("StageA", trained(out, "a", device)["a"])
-        self.semantic = trained(out, "semantic", device)
-        self.prior = trained(out, "text-c", device) if (out / "text-c.pt").is_file() else None
-        self.b = trained(out, "b", device)["b"] if (out / "b.pt").is_file() else None
+        self.prior = trained(out, "text-c", device)
+        self.b = trained(out, "b", device)["b"]
+        self.encoder = trained(out, "semantic", device)["encoder"] if (out / "semantic.pt").is_file() else None
         self.tokenizer = build_tokenizer()
 
     def generate(
         self, captions: Sequence[str], seed: int, steps: tuple[int, int], guidance: float, shift: float
     ) -> NDArray[np.float32]:
-        """Captions to pictures, float32 [B, 256, 256, 3] in 0..1. Without a Stage B the teaching decoder stands in."""
-        if self.prior is None:
-            raise TrainingError("Stage C is not trained yet; train it first: --stage text-c")
+        """Captions to pictures, float32 [B, 256, 256, 3] in 0..1."""
         rng = torch.Generator().manual_seed(seed)
         hidden, pooled = self._conditions(captions)
         no_hidden, no_pooled = self._conditions([""] * len(captions))
@@ -56,13 +56,18 @@ class Cascade:
             semantic = diffusion.sample(predict, noise, steps[0], rng, shift)
             return self._pictures(semantic, pooled, steps[1], rng)
 
-    def reconstruct(self, pictures: Tensor, seed: int, steps: int) -> NDArray[np.float32]:
-        """Pictures uint8 [B, 3, 256, 256] through semantic encoder, Stage B and Stage A: float32 [B, 256, 256, 3]."""
-        rng = torch.Generator().manual_seed(seed)
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures uint8 [B, 3, 256, 256] to semantic latents float32 [B, 16, 6, 6]."""
+        if self.encoder is None:
+            raise TrainingError("the semantic encoder is not trained yet; train it: --stage semantic")
         with torch.inference_mode():
-            _, pooled = self._conditions([""] * len(pictures))
-            pixels = data.for_semantic(data.to_unit(pictures.to(self.device)))
-            return self._pictures(self.semantic["encoder"](pixels), pooled, steps, rng)
+            return cast("Tensor", self.encoder(data.for_semantic(data.to_unit(pictures.to(self.device)))))
+
+    def decode(self, semantic: Tensor, seed: int, steps: int) -> NDArray[np.float32]:
+        """Semantic latents float32 [B, 16, 6, 6] through Stage B and Stage A: float32 [B, 256, 256, 3] in 0..1."""
+        with torch.inference_mode():
+            _, pooled = self._conditions([""] * len(semantic))
+            return self._pictures(semantic.to(self.device), pooled, steps, torch.Generator().manual_seed(seed))
 
     def through_a(self, pictures: Tensor) -> NDArray[np.float32]:
         """Pictures uint8 [B, 3, 256, 256] through Stage A alone: float32 [B, 256, 256, 3]."""
@@ -70,15 +75,11 @@ class Cascade:
             return _to_numpy(self.a.decode(self.a.encode(data.to_unit(pictures.to(self.device)))))
 
     def _conditions(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        if self.prior is None:
-            return torch.zeros(0), torch.zeros(len(captions), 1, recipe.TEXT_WIDTH, device=self.device)
         ids, mask = (torch.from_numpy(x).to(self.device) for x in encode(self.tokenizer, captions))
         with torch.inference_mode():
             return cast("TextEncoder", self.prior["text"]).conditions(ids, mask)
 
     def _pictures(self, semantic: Tensor, pooled: Tensor, steps: int, rng: torch.Generator) -> NDArray[np.float32]:
-        if self.b is None:
-            return _to_numpy(self.a.decode(self.semantic["decoder"](semantic)))
         b = self.b
 
         def predict(x: Tensor, r: Tensor) -> Tensor:
@@ -130,22 +131,24 @@ def main(argv: list[str] | None = None) -> int:
         known = [data.held_out_scene(i) for i in range(arguments.pictures)]
         drawn = data.pictures(known)
         clean = data.to_unit(drawn).permute(0, 2, 3, 1).numpy()
-        for name, made in (
-            ("stage A", cascade.through_a(drawn)),
-            ("reconstruction", cascade.reconstruct(drawn, 0, arguments.steps[1])),
-        ):
+        steps = (arguments.steps[0], arguments.steps[1])
+        meant = torch.from_numpy(np.stack([meaning(s) for s in known]))
+        ways = {"stage A": cascade.through_a(drawn), "meaning -> B -> A": cascade.decode(meant, 0, steps[1])}
+        if cascade.encoder is not None:
+            read = cascade.encode(drawn)
+            print(f"semantic encoder: mean squared error {float(F.mse_loss(read.cpu(), meant)):.4f}")
+            ways["encoder -> B -> A"] = cascade.decode(read, 0, steps[1])
+        rows: list[NDArray[np.float32]] = [clean]
+        for name, made in ways.items():
             quality = np.array([psnr(m, c) for m, c in zip(made, clean, strict=True)])
             print(f"{name}: mean {quality.mean():.2f} dB, worst {quality.min():.2f} dB")
             print(f"    {report([judge(m, s) for m, s in zip(made, known, strict=True)])}")
-        rows: list[NDArray[np.float32]] = [clean, made]
-        if cascade.prior is not None:
-            wishes = scenes.held_out_wishes()[: arguments.pictures]
-            captions = [scenes.canonical(w) for w in wishes]
-            made = cascade.generate(
-                captions, 1, (arguments.steps[0], arguments.steps[1]), arguments.guidance, arguments.shift
-            )
-            print(f"from captions: {report([judge(m, w) for m, w in zip(made, wishes, strict=True)])}")
             rows.append(made)
+        wishes = scenes.held_out_wishes()[: arguments.pictures]
+        captions = [scenes.canonical(w) for w in wishes]
+        made = cascade.generate(captions, 1, steps, arguments.guidance, arguments.shift)
+        print(f"from captions: {report([judge(m, w) for m, w in zip(made, wishes, strict=True)])}")
+        rows.append(made)
         if arguments.png:
             sheet(np.concatenate([r[:24] for r in rows]), 12).resize((12 * 128, len(rows) * 256)).save(arguments.png)
     except TrainingError as error:

@@ -17,24 +17,25 @@ from cascade_export.models import (
     StageAConfig,
 )
 from cascade_tiny import text
+from cascade_tiny.meaning import CHANNELS, GRID
 
 _RES, _TIME, _ATTN = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
 
 TEXT_WIDTH = 128
 LATENTS_B = (4, 64, 64)
-LATENTS_C = (16, 6, 6)
+LATENTS_C = (CHANNELS, GRID, GRID)
 SEMANTIC_SIDE = 192  # 256 x 3/4: Stage B was trained the same way, which makes 42.67 pixels of a latent's 32
 
 # The codebook is kept because the file format has one; latents are never quantised, so one entry is enough.
 STAGE_A = StageAConfig(bottleneck_blocks=2, embed_dim=64, num_vq_embeddings=1, scale_factor=1.0)
 
+# The last stage sees far: every point of the grid must know the nearest shape, wherever it lies.
 SEMANTIC = EffNetConfig(
     stages=(
-        ("fused", 1, 3, 1, 16, 1),
-        ("fused", 2, 3, 2, 32, 1),
+        ("fused", 1, 3, 2, 32, 1),
         ("fused", 2, 3, 2, 64, 2),
         ("mb", 2, 3, 2, 96, 2),
-        ("mb", 3, 3, 2, 128, 2),
+        ("mb", 3, 5, 2, 128, 3),
     ),
     stem_channels=16,
     last_channels=192,
@@ -119,35 +120,6 @@ class TextEncoder(CLIPTextModelWithProjection):  # type: ignore[misc]
         return out.hidden_states[-1].float(), out.text_embeds[:, None].float()
 
 
-class SemanticDecoder(nn.Module):
-    """Semantic latents -> Stage A's latents in one pass, without noise. Only teaches the encoder what to keep."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-        def mix(width: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU())
-
-        self.first = nn.Sequential(nn.Conv2d(16, 192, 1), mix(192), mix(192))
-        self.rest = nn.Sequential(
-            nn.ConvTranspose2d(192, 128, 2, 2),
-            mix(128),
-            mix(128),
-            nn.ConvTranspose2d(128, 64, 2, 2),
-            mix(64),
-            nn.ConvTranspose2d(64, 48, 2, 2),
-            mix(48),
-            nn.Conv2d(48, 4, 3, padding=1),
-        )
-
-    def forward(self, semantic: Tensor) -> Tensor:
-        """[B, 16, 6, 6] -> [B, 4, 64, 64]; 6 x 6 is stretched to 8 x 8 first, the doublings do the rest."""
-        x = self.first(semantic)
-        wide = nn.functional.interpolate(x.float(), size=(8, 8), mode="bilinear", align_corners=True)
-        y: Tensor = self.rest(wide)
-        return y.float()
-
-
 def build_denoiser(config: DenoiserConfig) -> Denoiser:
     """A denoiser with first weights that train well: it starts as the identity of its embedding and answers zero."""
     model = Denoiser(config)
@@ -201,24 +173,23 @@ class Plan:
 PLANS: dict[str, dict[str, Plan]] = {
     "cpu": {
         "a": Plan(steps=1500, batch=16, rate=2e-3, ema=0.99),
-        "semantic": Plan(steps=2500, batch=16, rate=1e-3, ema=0.99),
-        "text-c": Plan(steps=5000, batch=64, rate=1e-3),
-        "b": Plan(steps=5000, batch=16, rate=1e-3),
+        "text-c": Plan(steps=5000, batch=32, rate=1e-3),
+        "b": Plan(steps=4000, batch=16, rate=1e-3),
+        "semantic": Plan(steps=3500, batch=16, rate=1e-3, ema=0.99),
     },
     "cuda": {
         "a": Plan(steps=6000, batch=32, rate=2e-3),
-        "semantic": Plan(steps=8000, batch=64, rate=2e-3),
         "text-c": Plan(steps=12_000, batch=512, rate=1.5e-3, ema=0.999),
         "b": Plan(steps=12_000, batch=192, rate=1.2e-3, ema=0.999),
+        "semantic": Plan(steps=8000, batch=64, rate=1e-3),
     },
 }
 SEED = 1
 SCENES_B = 8_000  # training scenes with Stage A's latents kept ready; 32 kB each
-SCENES_C = 16_000  # training scenes with semantic latents kept ready; 1 kB each
-CAPTIONS = 8  # different captions of each training scene
+SCENES_C = 24_000  # training scenes with their meaning and captions kept ready; 6 kB each
+CAPTIONS = 6  # different captions of each training scene
 
 CROP = 128  # Stage A is convolutional: crops cost a quarter of whole pictures and hold as many edges
-SEMANTIC_NOISE = 0.1  # on the semantic latents while their encoder learns, so that neighbours mean the same picture
-CONDITION_NOISE = 0.05  # on Stage B's condition: at run time it comes from Stage C, which is not exact
+CONDITION_NOISE = 0.08  # on Stage B's condition: at run time it comes from Stage C, which is not exact
 CAPTION_DROPOUT = 0.1  # share of empty captions: what guidance steers away from
 EFFNET_DROPOUT = 0.05  # share of Stage B's conditions set to zero, for guidance likewise

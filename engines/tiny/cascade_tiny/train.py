@@ -1,15 +1,12 @@
 """Trains cascade-tiny: `python -m cascade_tiny.train --out DIR`.
 
-Four stages, each of them frozen before the next one needs it:
-
     a         pixels <-> 64 x 64 x 4 latents, a plain autoencoder
-    semantic  pixels -> 6 x 6 x 16 latents, taught by a small deterministic decoder that is thrown away
-    text-c    captions -> semantic latents: Stage C, and the text encoder with it
-    b         semantic latents -> Stage A's latents: Stage B
+    text-c    captions -> 6 x 6 x 16 semantic latents: Stage C, and the text encoder with it
+    b         semantic latents -> Stage A's latents: Stage B, for which `a` must be trained, and `text-c` begun
+    semantic  pixels -> semantic latents: the semantic encoder
 
-Learning the semantic latents apart from Stage B, and the velocity instead of the noise, is what makes Stage B work at
-all: trained together on the noise it reads the noisy latents where it should read the semantic ones, and fails from
-pure noise.
+What the semantic latents hold is given by `meaning`. Stage B and Stage C learn the velocity instead of the noise: read
+from a predicted noise, the picture at the first step is the error times a hundred.
 
 Every stage keeps `DIR/STAGE.pt`, written whole or not at all. Ctrl-C saves; the same command goes on from there. More
 `--steps` prolong a stage that has ended.
@@ -36,10 +33,11 @@ from tqdm import tqdm
 
 from cascade_export.models import StageA
 from cascade_tiny import data, diffusion, recipe
+from cascade_tiny.meaning import meaning
 from cascade_tiny.recipe import PLANS, SEED, Plan, TextEncoder
 from cascade_tiny.text import PAD_ID, build_tokenizer, encode
 
-STAGES = ("a", "semantic", "text-c", "b")
+STAGES = ("a", "text-c", "b", "semantic")
 
 
 class TrainingError(Exception):
@@ -51,7 +49,7 @@ def build(stage: str) -> nn.ModuleDict:
     if stage == "a":
         return nn.ModuleDict({"a": recipe.build_stage_a()})
     if stage == "semantic":
-        return nn.ModuleDict({"encoder": recipe.build_semantic_encoder(), "decoder": recipe.SemanticDecoder()})
+        return nn.ModuleDict({"encoder": recipe.build_semantic_encoder()})
     if stage == "text-c":
         return nn.ModuleDict({"text": recipe.build_text_encoder(), "c": recipe.build_denoiser(recipe.STAGE_C)})
     return nn.ModuleDict({"b": recipe.build_denoiser(recipe.STAGE_B)})
@@ -135,25 +133,21 @@ class TrainA(Task):
 
 
 class TrainSemantic(Task):
-    """Pixels to semantic latents to Stage A's latents, by squared error."""
+    """Pixels to semantic latents, by squared error."""
 
     stage = "semantic"
 
-    def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
-        self.latents = latents_a(out, self.device, self.workers, quiet)
-
     def begin(self, steps: range) -> None:  # noqa: D102
-        batches = data.Batches(self.stream, self.plan.batch, len(self.latents))
+        batches = data.Batches(self.stream, self.plan.batch, recipe.SCENES_C)
         self.batches: Iterator[tuple[np.ndarray, Tensor]] = data.load(batches, steps, self.workers)
 
     def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
+        del rng
         numbers, drawn = next(self.batches)
         # either way of shrinking a picture must do: callers have both
         pixels = data.for_semantic(data.to_unit(drawn.to(self.device)), nearest=step % 2 == 1)
-        semantic = self.networks["encoder"](pixels)
-        semantic = semantic + recipe.SEMANTIC_NOISE * self.noise(semantic.shape, rng)
-        target = self.latents[torch.as_tensor(numbers)].to(self.device).float()
-        return F.mse_loss(self.networks["decoder"](semantic), target)
+        target = np.stack([meaning(data.scene(int(i))) for i in numbers])
+        return F.mse_loss(self.networks["encoder"](pixels), torch.from_numpy(target).to(self.device))
 
 
 class TrainTextC(Task):
@@ -162,7 +156,8 @@ class TrainTextC(Task):
     stage = "text-c"
 
     def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
-        self.semantic = latents_semantic(out, self.device, self.workers, quiet).to(self.device)
+        del out, quiet
+        self.semantic = data.meanings(recipe.SCENES_C).to(self.device)
         self.ids = data.caption_ids(len(self.semantic)).to(self.device)
         self.empty = torch.from_numpy(encode(build_tokenizer(), [""])[0][0]).to(self.device)
 
@@ -185,7 +180,7 @@ class TrainB(Task):
 
     def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
         self.latents = latents_a(out, self.device, self.workers, quiet).to(self.device)
-        self.semantic = latents_semantic(out, self.device, self.workers, quiet)[: len(self.latents)].to(self.device)
+        self.semantic = data.meanings(len(self.latents)).to(self.device)
         self.ids = data.caption_ids(len(self.latents)).to(self.device)
         self.text = cast("TextEncoder", trained(out, "text-c", self.device)["text"])
         self.empty = torch.from_numpy(encode(build_tokenizer(), [""])[0][0]).to(self.device)
@@ -229,25 +224,6 @@ def latents_a(out: Path, device: torch.device, workers: int, quiet: bool) -> Ten
         recipe.SCENES_B,
         make,
         what="Stage A's latents",
-        workers=workers,
-        quiet=quiet,
-    )
-
-
-def latents_semantic(out: Path, device: torch.device, workers: int, quiet: bool) -> Tensor:
-    """Semantic latents of the training scenes: float16 [SCENES_C, 16, 6, 6]."""
-    networks = trained(out, "semantic", device)
-
-    def make(pixels: Tensor) -> Tensor:
-        semantic: Tensor = networks["encoder"](data.for_semantic(pixels.to(device)))
-        return semantic
-
-    return data.kept(
-        out / "latents-semantic.pt",
-        fingerprint(networks),
-        recipe.SCENES_C,
-        make,
-        what="semantic latents",
         workers=workers,
         quiet=quiet,
     )
