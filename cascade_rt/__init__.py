@@ -16,7 +16,8 @@ from .errors import (
     OutputError,
     RequestError,
 )
-from .pipeline import CascadeOutput, CascadePipeline, PriorOutput
+from .outputs import CascadeOutput, PriorOutput
+from .pipeline import CascadePipeline
 
 __version__ = "0.1.0"
 

@@ -1,81 +1,17 @@
-"""Random cascades, as diffusers saves them and as we export them; made once for all parity and export tests."""
+"""Every random architecture, exported once for all parity tests."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
-import reference
-import torch
-from safetensors.torch import save_file
 
+import reference
 from cascade_export.checkpoints import open_checkpoint
 from cascade_export.exporter import ExportRequest, export
-from cascade_export.models import EffNetConfig, Previewer, SemanticEncoder
 from cascade_rt import CascadePipeline
-
-SMALL_EFFNET: dict[str, Any] = {
-    "stages": [["fused", 1, 3, 1, 8, 2], ["fused", 4, 3, 2, 16, 2], ["mb", 4, 3, 2, 24, 2], ["mb", 6, 3, 2, 32, 2]],
-    "stem_channels": 8,
-    "last_channels": 40,
-}
-
-
-@dataclass
-class Cascade:
-    """One architecture on both sides.
-
-    Attributes:
-        name: key of `reference.SHAPES`.
-        checkpoint: folder written by ``save_pretrained``.
-        theirs: diffusers' combined pipeline, fp32.
-        ours: our pipeline over the exported bundle, fp32 on the CPU.
-    """
-
-    name: str
-    checkpoint: Path
-    theirs: Any
-    ours: CascadePipeline
-
-
-def make_checkpoint(name: str, folder: Path) -> tuple[Path, Any]:
-    """Write ``reference.SHAPES[name]`` as diffusers does."""
-    theirs = reference.build(reference.SHAPES[name], folder)
-    theirs.save_pretrained(folder / "checkpoint")
-    return folder / "checkpoint", theirs
-
-
-def add_encoders(checkpoint: Path) -> None:
-    """Put a CLIP image encoder, a semantic encoder and a previewer beside a cascade."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    generator = torch.Generator().manual_seed(9)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        projection_dim=20,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-        hidden_act="quick_gelu",
-    )
-    vision = CLIPVisionModelWithProjection(config)
-    reference.randomize(vision, generator)
-    vision.save_pretrained(checkpoint / "image_encoder")
-    for name, module, values in (
-        ("effnet", SemanticEncoder(EffNetConfig.from_dict(SMALL_EFFNET)), SMALL_EFFNET),
-        ("previewer", Previewer(), {}),
-    ):
-        reference.randomize(module, generator)
-        (checkpoint / name).mkdir()
-        state = {k: v for k, v in module.state_dict().items() if v.is_floating_point()}
-        save_file(state, checkpoint / name / "diffusion_pytorch_model.safetensors")
-        (checkpoint / name / "config.json").write_text(json.dumps(values))
+from cascade_rt.stages import StageName
+from cascades import Cascade, add_encoders, make_checkpoint
 
 
 @pytest.fixture(scope="session", params=list(reference.SHAPES))
@@ -84,7 +20,9 @@ def cascade(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint, theirs = make_checkpoint(request.param, folder)
     add_encoders(checkpoint)
-    stages = ("c", "b", "a", "text") if request.param != "shallow" else ("c", "b", "a", "text", "image", "effnet", "previewer")
+    stages: tuple[StageName, ...] = ("c", "b", "a", "text")
+    if request.param == "shallow":
+        stages = (*stages, "image", "effnet", "previewer")
     export(open_checkpoint(str(checkpoint), None), ExportRequest(stages, "fp32", folder / "bundle", quiet=True))
     with CascadePipeline.from_pretrained(folder / "bundle", provider="cpu") as ours:
         yield Cascade(request.param, checkpoint, theirs, ours)

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Cascade
-from reference import rel_l2
 from safetensors.torch import load_file
 
 from cascade_export.models import build_model
@@ -19,6 +17,8 @@ from cascade_rt import EngineError
 from cascade_rt.backends import open_engine
 from cascade_rt.image import resize_bilinear
 from cascade_rt.sampling import timestep_embedding
+from cascades import Cascade
+from reference import rel_l2
 
 BOUND = TOLERANCES["engine fp32"].rel_l2
 FOLDERS = {"stage_c": "prior_prior", "stage_b": "decoder", "stage_a": "vqgan"}

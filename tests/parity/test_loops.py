@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Cascade
-from reference import psnr, rel_l2
 
 from cascade_export.verify import PICTURE_PSNR, TOLERANCES
 from cascade_rt import RequestError
 from cascade_rt.noise import TorchCPU
 from cascade_rt.sampling import denoise_step, make_schedule
+from cascades import Cascade
+from reference import psnr, rel_l2
 
 SHAPES = [(1,), (3,), (7,), (15,), (16,), (17,), (31,), (32,), (1, 16, 24, 24), (2, 4, 10, 11), (100_003,)]
 
@@ -53,12 +53,12 @@ def test_step_is_diffusers(scaler: float) -> None:
 def test_text_encoder(cascade: Cascade) -> None:
     prompts = ["red cat", "", "A red, red ball!", "red " * 40]
     with pytest.warns(UserWarning, match="cut off"):
-        hidden, pooled = cascade.ours._encode(prompts)
+        hidden, pooled = cascade.ours._runner.encode(prompts)
     theirs = cascade.theirs.prior_pipe
     wanted = theirs.encode_prompt("cpu", 4, 1, False, prompts)
     assert rel_l2(hidden, wanted[0].detach().numpy()) <= TOLERANCES["engine fp32"].rel_l2
     assert rel_l2(pooled, wanted[1].detach().numpy()) <= TOLERANCES["engine fp32"].rel_l2
-    other, _ = cascade.ours._encode(["red bat"])
+    other, _ = cascade.ours._runner.encode(["red bat"])
     assert rel_l2(other, wanted[0][:1].detach().numpy()) > 1e-3
 
 
@@ -71,7 +71,9 @@ PICTURES: list[tuple[Any, int, int, float, float, int]] = [
 ]
 
 
-def call(pipe: Any, prompts: Any, height: int, width: int, scale: float, decoder_scale: float, images: int, **more: Any) -> Any:
+def call(
+    pipe: Any, prompts: Any, height: int, width: int, scale: float, decoder_scale: float, images: int, **more: Any
+) -> Any:
     return pipe(
         prompts,
         height=height,

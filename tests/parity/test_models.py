@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from reference import SHAPES, randomize, rel_l2
 
+import reference
 from cascade_export.models import (
     Denoiser,
     DenoiserConfig,
@@ -25,6 +24,7 @@ from cascade_export.models import (
 from cascade_export.presets import CONFIGS
 from cascade_export.verify import TOLERANCES
 from cascade_rt import CheckpointError
+from reference import SHAPES, randomize, rel_l2
 
 CASES = [(name, part) for name in SHAPES for part in ("prior", "decoder")]
 
@@ -162,7 +162,9 @@ def test_stage_a(levels: int) -> None:
     assert rel_l2(ours.encode(pixels.flip(3)).numpy(), wanted.numpy()) > 10 * bound
 
 
-def conv(x: torch.Tensor, w: dict[str, torch.Tensor], key: str, stride: int = 1, groups: int = 1, act: bool = True) -> Any:
+def conv(
+    x: torch.Tensor, w: dict[str, torch.Tensor], key: str, stride: int = 1, groups: int = 1, act: bool = True
+) -> Any:
     """A convolution, BatchNorm (eps 1e-3) and SiLU by torchvision's keys."""
     weight = w[f"{key}.0.weight"]
     x = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, groups)
@@ -220,7 +222,7 @@ def test_previewer_against_the_architecture_written_out() -> None:
     randomize(model, g)
     w = model.state_dict()
     x = latents = torch.randn(2, 16, 3, 4, generator=g)
-    for index, kind in enumerate("1 3 t 3 t 3 t 3".split()):
+    for index, kind in enumerate(["1", "3", "t", "3", "t", "3", "t", "3"]):
         weight, bias = w[f"blocks.{3 * index}.weight"], w[f"blocks.{3 * index}.bias"]
         x = F.conv_transpose2d(x, weight, bias, 2) if kind == "t" else F.conv2d(x, weight, bias, padding=int(kind) // 2)
         norm = (w[f"blocks.{3 * index + 2}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))

@@ -14,7 +14,9 @@ from cascade_rt.cli import main_info, main_run
 QUICK = ["--steps", "1", "--decoder-steps", "1"]
 
 
-def test_run_writes_a_png_that_says_what_it_is(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_writes_a_png_that_says_what_it_is(
+    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "picture.png"
     assert main_run(["a red circle", "--bundle", str(shipped), "-o", str(out), "--seed", "0", "--json", *QUICK]) == 0
     captured = capsys.readouterr()

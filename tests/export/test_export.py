@@ -1,0 +1,317 @@
+"""The exporter: graphs, manifests, atomicity, and every kind of bad input."""
+
+from __future__ import annotations
+
+import ast
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cascade_export import exporter
+from cascade_export.checkpoints import open_checkpoint
+from cascade_export.cli import main
+from cascade_export.exporter import ExportRequest, export
+from cascade_export.graphs import CALLS
+from cascade_export.models import StageA, StageAConfig
+from cascade_rt import ExportError, OutputError, RequestError
+from cascade_rt.bundle import Bundle
+from cascade_rt.stages import ENGINES
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "engines" / "cascade.schema.json").read_text())
+STAGE_A = {"_class_name": "PaellaVQModel", "embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4}
+
+
+@pytest.fixture
+def vqgan(tmp_path: Path) -> Path:
+    """The smallest checkpoint: a Stage A."""
+    folder = tmp_path / "vqgan"
+    folder.mkdir()
+    module = StageA(StageAConfig.from_dict(STAGE_A))
+    save_file(module.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(STAGE_A))
+    return folder
+
+
+def command(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Everything in a folder but the checkpoint, hidden files too."""
+    return sorted(p.name for p in folder.iterdir() if p.name != "vqgan")
+
+
+def test_a_stage_becomes_a_bundle(vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert command("--stage", "a", "--checkpoint", vqgan, "--out", out) == 0
+    printed = capsys.readouterr()
+    assert "from fp32 PyTorch" in printed.out
+    assert str(out) in printed.out
+    assert printed.err == ""
+    bundle = Bundle(out)
+    jsonschema.validate(json.loads((out / "cascade.json").read_text()), SCHEMA)
+    record = bundle.manifest.engines["stage_a.decode"]
+    assert record.precision == "fp32"
+    assert record.verification is not None
+    assert 0 < record.verification["rel_l2"] < 2e-5
+    assert record.verification["psnr"] > 60
+    assert str(tmp_path) not in (out / "cascade.json").read_text()
+    assert left_behind(tmp_path) == ["out"]
+    assert {p.name for p in out.iterdir()} == {*bundle.manifest.files, "cascade.json"}
+    # initializers are named as the checkpoint's keys and lie in the safetensors file, which any tool can read
+    graph = onnx.load(out / "stage_a.decode.onnx", load_external_data=False).graph
+    external = {i.name for i in graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL}
+    stored = load_file(out / "stage_a.safetensors")
+    original = load_file(vqgan / "diffusion_pytorch_model.safetensors")
+    assert external
+    assert external <= stored.keys() <= original.keys()
+    assert all(torch.equal(stored[n], original[n]) for n in stored)
+    assert sum(len(i.raw_data) for i in graph.initializer) < 4096
+    onnx.checker.check_model(str(out / "stage_a.decode.onnx"), full_check=True)
+    for text in (str(ROOT), "site-packages"):  # no traces of the exporting machine
+        assert text.encode() not in (out / "stage_a.decode.onnx").read_bytes()
+
+
+def test_a_second_call_adds_and_replaces_only_when_told(
+    vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    stage = ("--stage", "a", "--checkpoint", vqgan, "--out", out)
+    assert command(*stage) == 0
+    before = (out / "cascade.json").read_bytes()
+    assert command(*stage) == 2
+    assert "already has stage a; add --overwrite" in capsys.readouterr().err
+    assert (out / "cascade.json").read_bytes() == before
+    assert (
+        command(
+            "--stage", "previewer", "--checkpoint", "random:1", "--size", "big", "--precision", "fp32", "--out", out
+        )
+        == 0
+    )
+    bundle = Bundle(out)
+    assert {"stage_a.decode", "stage_a.encode", "previewer"} == set(bundle.manifest.engines)
+    assert bundle.manifest.model.source == "vqgan"
+    assert command(*stage, "--overwrite", "--no-verify") == 0
+    assert Bundle(out).manifest.engines["stage_a.decode"].verification is None
+    assert "previewer" in Bundle(out).manifest.engines
+    for name in Bundle(out).manifest.files:
+        Bundle(out).file(name)
+    assert left_behind(tmp_path) == ["out"]
+
+
+def test_a_bundle_is_a_checkpoint(vqgan: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert command("--stage", "a", "--checkpoint", vqgan, "--out", first) == 0
+    assert command("--stage", "all", "--checkpoint", first, "--out", second) == 0
+    assert (first / "stage_a.safetensors").read_bytes() == (second / "stage_a.safetensors").read_bytes()
+
+
+def test_half_precision_converts_the_weights(vqgan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command("--stage", "a", "--checkpoint", vqgan, "--out", out, "--precision", "fp16") == 0
+    assert {t.dtype for t in load_file(out / "stage_a.safetensors").values()} == {torch.float16}
+    figures = Bundle(out).manifest.engines["stage_a.decode"].verification
+    assert figures is not None
+    assert 1e-5 < figures["rel_l2"] < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--stage", "a", "--checkpoint", "/no/such/place"], 2, "there is no checkpoint at /no/such/place"),
+        (["--stage", "c", "--checkpoint", "VQGAN"], 2, "has no stage_c; --stage c needs one"),
+        (["--stage", "d"], 2, "invalid choice: 'd'"),
+        (["--stage", "a", "--size", "huge"], 2, "invalid choice: 'huge'"),
+        (["--stage", "a", "--precision", "int8"], 2, "invalid choice: 'int8'"),
+        (["--stage", "a", "--checkpoint", "random:-1"], 2, "write random or random:SEED"),
+        ([], 2, "--stage; see cascade-export --help"),
+        (["--stage", "a", "--checkpoint", "VQGAN", "--out", "/proc/nothing/here"], 1, "cannot be written"),
+        (["--stage", "a", "--checkpoint", "VQGAN", "--out", "FILE"], 2, "exists and is no bundle"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "file").write_text("x")
+    names = {"VQGAN": str(vqgan), "FILE": str(tmp_path / "file")}
+    arguments = [names.get(a, a) for a in arguments]
+    if "--out" not in arguments and arguments:
+        arguments += ["--out", str(tmp_path / "out")]
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert left_behind(tmp_path) == ["file"]
+
+
+def test_nan_weights_are_named(vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = vqgan / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["up_blocks.1.gammas"][2] = float("nan")
+    save_file(state, path)
+    assert command("--stage", "a", "--checkpoint", vqgan, "--out", tmp_path / "out") == 1
+    assert "up_blocks.1.gammas of the checkpoint holds NaN" in capsys.readouterr().err
+    assert left_behind(tmp_path) == []
+
+
+def test_values_beyond_half_precision_are_named(
+    vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = vqgan / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["up_blocks.1.gammas"][2] = 1e6
+    save_file(state, path)
+    assert command("--stage", "a", "--checkpoint", vqgan, "--out", tmp_path / "out", "--precision", "fp16") == 1
+    assert "use --precision bf16 or fp32" in capsys.readouterr().err
+    assert left_behind(tmp_path) == []
+
+
+def test_a_wrong_engine_never_gets_its_name(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that differs from PyTorch: here the reference's sign is flipped."""
+    right = exporter._load_fp32
+
+    def wrong(*arguments: Any) -> Any:
+        module = right(*arguments)
+        module.out_block[0].weight.data.neg_()
+        return module
+
+    monkeypatch.setattr(exporter, "_load_fp32", wrong)
+    request = ExportRequest(("a",), "fp32", tmp_path / "out")
+    with pytest.raises(ExportError, match="from fp32 PyTorch"):
+        export(open_checkpoint(str(vqgan), None), request)
+    assert left_behind(tmp_path) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cascade_export import weights
+
+    monkeypatch.setattr(weights, "_free_bytes", lambda folder: 100)
+    assert command("--stage", "a", "--checkpoint", vqgan, "--out", tmp_path / "out") == 1
+    assert "MiB free" in capsys.readouterr().err
+    assert left_behind(tmp_path) == []
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(exporter, "save", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        export(open_checkpoint(str(vqgan), None), ExportRequest(("a",), "fp32", tmp_path / "out"))
+    assert left_behind(tmp_path) == []
+
+
+def test_an_unwritable_place_is_one_line(vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    assert command("--stage", "a", "--checkpoint", vqgan, "--out", tmp_path / "file" / "out") == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_nothing(tmp_path: Path, number: int) -> None:
+    """In the middle of a big export: Stage B, two minutes of work."""
+    out = tmp_path / "out"
+    arguments = ["--stage", "b", "--size", "small", "--checkpoint", "random:0", "--no-verify", "--out", str(out)]
+    code = f"import sys; from cascade_export.cli import main; sys.exit(main({arguments!r}))"
+    running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()):  # the folder beside the bundle's place has appeared: the work has begun
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert errors == "error: interrupted; nothing half-written was left behind\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    from cascade_export.cli import EXAMPLES, parse_args
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "examples:" in capsys.readouterr().out
+    lines = [line.split() for line in EXAMPLES.splitlines() if line.strip().startswith("cascade-export")]
+    assert len(lines) >= 3
+    for line in lines:
+        parse_args(line[1:])
+
+
+def test_without_a_precision_the_size_decides() -> None:
+    from cascade_export.cli import parse_args
+
+    assert parse_args(["--stage", "c", "--size", "big"]).precision is None
+    with pytest.raises(RequestError, match="nothing on this machine runs bf16|"):
+        exporter._verifier("bf16")
+        raise RequestError("")  # a machine that can run bf16 is right too
+
+
+# -- every engine has its tests ---------------------------------------------------------------------------------------
+
+
+def markers() -> Iterator[tuple[str, str]]:
+    """Every ``@pytest.mark.covers(engine, kind)`` in the tests."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "covers":
+                yield tuple(a.value for a in node.args if isinstance(a, ast.Constant))  # type: ignore[misc]
+
+
+@pytest.mark.covers("text_encoder", "export")
+@pytest.mark.covers("stage_c.context", "export")
+@pytest.mark.covers("stage_c.step", "export")
+@pytest.mark.covers("stage_b.context", "export")
+@pytest.mark.covers("stage_b.step", "export")
+def test_the_tiny_cascade_exports_as_the_table_says(shipped: Path) -> None:
+    jsonschema.validate(json.loads((shipped / "cascade.json").read_text()), SCHEMA)
+    for record in Bundle(shipped).manifest.engines.values():
+        graph = onnx.load(shipped / record.file, load_external_data=False).graph
+        for values, tensors in ((graph.input, record.spec.inputs), (graph.output, record.spec.outputs)):
+            assert [v.name for v in values] == [t.name for t in tensors]
+            for value, tensor in zip(values, tensors, strict=True):
+                shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+                assert shape == list(tensor.axes)
+
+
+@pytest.mark.covers("image_encoder", "export")
+@pytest.mark.covers("effnet_encoder", "export")
+@pytest.mark.covers("previewer", "export")
+@pytest.mark.covers("stage_a.decode", "export")
+@pytest.mark.covers("stage_a.encode", "export")
+def test_every_engine_has_export_parity_and_runtime_tests() -> None:
+    assert set(CALLS) == set(ENGINES)
+    found = set(markers())
+    missing = [
+        f"{name}: {kind}" for name in ENGINES for kind in ("export", "parity", "runtime") if (name, kind) not in found
+    ]
+    assert not missing, f"engines without tests (mark them with pytest.mark.covers): {missing}"
+    assert {name for name, _ in found} <= set(ENGINES)
+
+
+def test_the_coverage_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "stage_d.step", ENGINES["stage_c.step"])
+    with pytest.raises(AssertionError):
+        test_every_engine_has_export_parity_and_runtime_tests()
+
+
+def test_exports_are_reproducible(vqgan: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        export(open_checkpoint(str(vqgan), None), ExportRequest(("a",), "fp32", tmp_path / name, verify=False))
+    for file in ("stage_a.decode.onnx", "stage_a.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
