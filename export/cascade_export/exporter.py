@@ -37,7 +37,7 @@ from cascade_rt.stages import EngineSpec, Precision, StageName, engines_of
 from cascade_rt.text import TokenizerRecord
 
 from . import presets
-from .checkpoints import Checkpoint, Component
+from .components import Checkpoint, Component
 from .graphs import dims_of
 from .models import StageAConfig, build_model
 from .trace import OPSET, WEIGHT_DTYPE, save, trace

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reference
-from cascade_export.checkpoints import Checkpoint, open_checkpoint
+from cascade_export.checkpoints import open_checkpoint
+from cascade_export.components import Checkpoint
 from cascade_export.models import build_model
 from cascade_export.weights import check_architecture
 from cascade_rt import CascadeError, CheckpointError, RequestError
