@@ -120,6 +120,7 @@ class BundleCheckpoint:
     """A bundle is a checkpoint too: its weights keep their keys, and its manifest holds the configs."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._bundle = Bundle(path)
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import cascade_rt
+from cascade_rt.bundle import MANIFEST, Bundle
 from cascade_rt.commands import CommandParser, run_command
 from cascade_rt.errors import RequestError
 from cascade_rt.stages import PRECISIONS, STAGES, Precision, Size, StageName
@@ -18,13 +19,14 @@ EXAMPLES = """examples:
   cascade-export --stage c --size big
   cascade-export --stage all --checkpoint path/to/diffusers-folder --precision fp32 --out my-bundle
   cascade-export --stage c --size big --checkpoint random:0 --no-verify
+  cascade-export --stage all --size tiny --precision fp16 --target tensorrt-rtx --sm 86,89,120
 """
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = CommandParser(
-        "cascade-export", "Export stages of Stable Cascade to ONNX, into an engine bundle.", EXAMPLES
+        "cascade-export", "Export stages of Stable Cascade to ONNX and TensorRT, into an engine bundle.", EXAMPLES
     )
     parser.add_argument(
         "--stage",
@@ -47,6 +49,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=PRECISIONS,
         help="of weights and wide activations (default: bf16 for small and big, else fp32)",
     )
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=("onnx", "tensorrt", "tensorrt-rtx"),
+        help="engine runtime, repeatable (default: onnx); tensorrt builds on this machine's GPU, "
+        "tensorrt-rtx without one",
+    )
+    parser.add_argument(
+        "--sm",
+        metavar="86,89,120",
+        help="compute capabilities that tensorrt-rtx builds for (default: 80,86,89,120)",
+    )
+    parser.add_argument(
+        "--shapes",
+        default="default",
+        metavar="SHAPES",
+        help="sizes that plans take: default (half to one and a half times the bundle's own picture size, "
+        "batch 1 to 8), full (all that the graph takes), square-PIXELS, and AXIS=MIN:OPT:MAX or "
+        "ENGINE.AXIS=..., separated by commas, for example square-1024,batch=2:2:4",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with fp32 PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace stages that the bundle has already")
@@ -59,7 +81,10 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line asks."""
     try:
         from .checkpoints import open_checkpoint
-        from .exporter import ExportRequest, export
+        from .exporter import export
+        from .request import ExportRequest, own_precision
+        from .shapes import parse_shapes
+        from .tensorrt import ONNX, resolve_targets
     except ImportError as error:
         raise RequestError(
             f"cascade-export needs {error.name}; install it with: pip install 'cascade-rt[export,onnxruntime]'"
@@ -67,11 +92,19 @@ def run(args: argparse.Namespace) -> None:
     size: Size | None = args.size if args.size or args.checkpoint else "tiny"
     every = "all" in args.stage
     stages: tuple[StageName, ...] = STAGES if every else tuple(dict.fromkeys(args.stage))
-    precision: Precision = args.precision or ("bf16" if size in ("small", "big") else "fp32")
-    assert precision in get_args(Precision)
     out = args.out if args.out is not None else Path(f"cascade-{size or 'custom'}")
-    checkpoint = open_checkpoint(args.checkpoint, size)
-    request = ExportRequest(stages, precision, out, every, not args.no_verify, args.overwrite, args.quiet)
+    targets = resolve_targets(args.target or ["onnx"], args.sm)
+    shapes = parse_shapes(args.shapes)
+    own = None
+    if args.checkpoint is None and ONNX not in targets and (out / MANIFEST).is_file():
+        own = own_precision(Bundle(out), stages)
+    precision: Precision = args.precision or own or ("bf16" if size in ("small", "big") else "fp32")
+    assert precision in get_args(Precision)
+    # plans are added to a bundle from what it holds already, unless another checkpoint is named
+    checkpoint = open_checkpoint(str(out) if own else args.checkpoint, size)
+    request = ExportRequest(
+        stages, precision, out, every, not args.no_verify, args.overwrite, args.quiet, targets, shapes
+    )
     bundle = export(checkpoint, request, print)
     print(f"bundle: {bundle.path}")
 

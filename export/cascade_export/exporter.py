@@ -1,17 +1,14 @@
-"""Checkpoint -> bundle: trace, stream weights, verify, and only then take the bundle's place."""
+"""Checkpoint -> bundle: trace, stream weights, verify, build plans, and only then take the bundle's place."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -29,46 +26,26 @@ from cascade_rt.bundle import (
     ModelFacts,
     ModelRecord,
     SamplerPreset,
-    file_record,
     group,
 )
-from cascade_rt.errors import CheckpointError, EngineError, OutputError, RequestError
+from cascade_rt.errors import CheckpointError, EngineError, RequestError
 from cascade_rt.stages import EngineSpec, Precision, StageName, engines_of
 from cascade_rt.text import TokenizerRecord
 
 from . import presets
+from .checkpoints import BundleCheckpoint
 from .components import Checkpoint, Component
 from .graphs import dims_of
 from .models import StageAConfig, build_model
+from .plans import build_plans, drop_stale_plans
+from .request import ExportRequest, Report
+from .staging import Contents, Staging
+from .tensorrt import check_precision
 from .trace import OPSET, WEIGHT_DTYPE, save, trace
 from .verify import verify_stage
 from .weights import RandomSource, TensorSource, check_architecture, write_safetensors
 
 TOKENIZER_FILE = "tokenizer.json"
-Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What to export.
-
-    Attributes:
-        stages: in any order.
-        precision: of weights and wide activations.
-        out: the bundle.
-        skip_absent: leave out stages that the checkpoint does not have (for ``--stage all``).
-        verify: compare with fp32 PyTorch before the bundle takes its place.
-        overwrite: replace engines that are there.
-        quiet: no progress bar.
-    """
-
-    stages: tuple[StageName, ...]
-    precision: Precision
-    out: Path
-    skip_absent: bool = False
-    verify: bool = True
-    overwrite: bool = False
-    quiet: bool = False
 
 
 def export(checkpoint: Checkpoint, request: ExportRequest, report: Report = lambda line: None) -> Bundle:
@@ -89,12 +66,15 @@ def export(checkpoint: Checkpoint, request: ExportRequest, report: Report = lamb
         OutputError: the bundle cannot be written.
     """
     old = _existing(request)
+    for target in request.plans:
+        check_precision(target, request.precision)
     if request.verify:
         _verifier(request.precision)  # refuse before the work is done, not after
-    with _Staging(request.out, old) as staging:
+    with Staging(request.out, old) as staging:
         builder = _Builder(checkpoint, request, staging.path, old, report)
         for stage in request.stages:
             builder.add(stage)
+        builder.build_plans()
         builder.finish()
         staging.commit()
     return Bundle(request.out)
@@ -113,81 +93,49 @@ def _existing(request: ExportRequest) -> Manifest | None:
             return None
         raise RequestError(f"{request.out} exists and is no bundle; choose another --out")
     manifest = Bundle(request.out).manifest
-    there = sorted({s for s in request.stages for spec in engines_of(s) if spec.name in manifest.engines})
-    if there and not request.overwrite:
-        raise RequestError(
-            f"{request.out} already has stage {', '.join(there)}; add --overwrite to replace it, "
-            "or choose another --out"
-        )
+    keys = {record.key for record in manifest.records}
+    for target in request.targets:
+        there = {s for s in request.stages for e in engines_of(s) if (e.name, target.runtime, target.sm) in keys}
+        if there and not request.overwrite:
+            raise RequestError(
+                f"{request.out} already has stage {', '.join(sorted(there))} for {target}; "
+                "add --overwrite to replace it, or choose another --out"
+            )
     return manifest
 
 
-class _Staging:
-    """A folder beside the bundle's place, renamed to it in the end and removed if anything goes wrong."""
-
-    def __init__(self, out: Path, old: Manifest | None) -> None:
-        self._out = out
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-            self.path.chmod(0o755)
-        except OSError as error:
-            raise OutputError(f"{out.parent} cannot be written to: {error.strerror or error}") from error
-        for name in old.files if old else ():
-            _link(out / name, self.path / name)
-
-    def __enter__(self) -> _Staging:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, OutputError):
-            raise OutputError(f"{self._out} cannot be written: {error.strerror or error}") from error
-
-    def commit(self) -> None:
-        """Take the bundle's place."""
-        aside = self.path.with_name(self.path.name + ".old")
-        if self._out.exists():
-            self._out.replace(aside)
-        try:
-            self.path.replace(self._out)
-        except BaseException:
-            if aside.exists():
-                aside.replace(self._out)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file in another folder: linked where the file system can, else copied."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
 class _Builder:
-    """Fills a staging folder and its manifest, stage by stage."""
+    """Fills a staging folder and its manifest, stage by stage.
+
+    Graphs that are only built from stay out of the bundle, in a folder of their own: a plan holds its weights, and
+    keeping both would double the disk that a bundle needs. What a plan came from is named by its record's hashes.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, request: ExportRequest, folder: Path, old: Manifest | None, report: Report
     ) -> None:
         self._checkpoint = checkpoint
         self._request = request
-        self._folder = folder
         self._report = report
-        self._models: dict[str, ModelRecord] = dict(old.models) if old else {}
-        self._engines: dict[str, EngineRecord] = {r.spec.name: r for r in old.records} if old else {}
-        self._files: dict[str, Mapping[str, Any]] = dict(old.files) if old else {}
+        self._bundle = Contents(
+            folder,
+            dict(old.models) if old else {},
+            {record.key: record for record in old.records} if old else {},
+            dict(old.files) if old else {},
+        )
+        self._graphs = self._bundle if request.keeps_graphs else Contents(folder / ".graphs", {}, {}, {})
+        self._graphs.folder.mkdir(exist_ok=True)
         self._tokenizer: TokenizerRecord | None = old.tokenizer if old else None
         self._old = old
         self._done: set[StageName] = set()
 
     def add(self, stage: StageName) -> None:
-        """Export a stage into the folder."""
+        """Export a stage's graphs."""
         name = engines_of(stage)[0].model
+        if self._reuse(stage):
+            self._report(f"{stage}: the bundle's own {self._request.precision} graphs")
+            self._done.add(stage)
+            return
         component = self._checkpoint.component(name)
         if component is None:
             if self._request.skip_absent:
@@ -208,21 +156,23 @@ class _Builder:
         traced = time.perf_counter()
         source = _weights_of(name, config, component)
         used = sorted({w for graph in graphs.values() for w in graph.weights})
+        made = self._graphs
         file = f"{name}.safetensors"
         dtype = WEIGHT_DTYPE[precision]
-        self._remove(file)
+        made.remove(file)
         size = sum(torch.Size(source.shapes[n]).numel() for n in used) * torch.empty(0, dtype=dtype).element_size()
         with _bar(size, f"write {file}", self._request.quiet, unit="B", unit_scale=True) as bar:
-            places = write_safetensors(self._folder / file, used, source, dtype, bar.update)
-        self._files[file] = file_record(self._folder / file)
+            places = write_safetensors(made.folder / file, used, source, dtype, bar.update)
+        made.add_file(file)
         prediction = component.prediction_type if stage in ("b", "c") else None
-        self._models[name] = ModelRecord(config, file, prediction)
+        made.models[name] = ModelRecord(config, file, prediction)
         for spec in specs:
             graph = f"{spec.name}.onnx"
-            self._remove(graph)
-            save(graphs[spec.name], self._folder / graph, file, places, dtype)
-            self._files[graph] = file_record(self._folder / graph)
-            self._engines[spec.name] = EngineRecord(spec, graph, "onnx", precision, (file,), OPSET[precision], _tools())
+            made.remove(graph)
+            save(graphs[spec.name], made.folder / graph, file, places, dtype)
+            made.add_file(graph)
+            record = EngineRecord(spec, graph, "onnx", precision, (file,), OPSET[precision], _tools())
+            made.engines[record.key] = record
         if stage == "text":
             self._add_tokenizer()
         written = time.perf_counter()
@@ -239,8 +189,8 @@ class _Builder:
         """Compare the stage's engines, as they lie in the folder, with fp32 PyTorch."""
         module = _load_fp32(specs[0].model, config, source)
         provider = _verifier(self._request.precision)
-        self._write_manifest()
-        bundle = Bundle(self._folder)
+        self._write_manifest(self._graphs)
+        bundle = Bundle(self._graphs.folder)
         engines = {spec.name: open_engine(bundle, spec.name, provider) for spec in specs}
 
         def run(name: str, feeds: Mapping[str, Value]) -> dict[str, Value]:
@@ -254,7 +204,9 @@ class _Builder:
             for engine in engines.values():
                 engine.close()
         for name, row in figures.items():
-            self._engines[name] = replace(self._engines[name], verification={"provider": provider, **row})
+            key = (name, "onnx", ())
+            verified = replace(self._graphs.engines[key], verification={"provider": provider, **row})
+            self._graphs.engines[key] = verified
         return figures
 
     def _add_tokenizer(self) -> None:
@@ -264,10 +216,33 @@ class _Builder:
                 f"the checkpoint {self._checkpoint.facts.source} has a text encoder but no tokenizer; "
                 "export --stage text from a diffusers folder"
             )
-        self._remove(TOKENIZER_FILE)
-        (self._folder / TOKENIZER_FILE).write_text(tokenizer.text, encoding="utf-8")
-        self._files[TOKENIZER_FILE] = file_record(self._folder / TOKENIZER_FILE)
+        self._bundle.remove(TOKENIZER_FILE)
+        (self._bundle.folder / TOKENIZER_FILE).write_text(tokenizer.text, encoding="utf-8")
+        self._bundle.add_file(TOKENIZER_FILE)
         self._tokenizer = TokenizerRecord(TOKENIZER_FILE, tokenizer.max_length, tokenizer.pad_id)
+
+    def _reuse(self, stage: StageName) -> bool:
+        """Whether the bundle's own graphs of a stage are what its plans shall be built from."""
+        checkpoint, precision = self._checkpoint, self._request.precision
+        if self._request.keeps_graphs or not isinstance(checkpoint, BundleCheckpoint):
+            return False
+        found = [self._bundle.graph(spec.name) for spec in engines_of(stage)]
+        same = checkpoint.path.resolve() == self._request.out.resolve()
+        return same and all(record is not None and record.precision == precision for record in found)
+
+    def build_plans(self) -> None:
+        """Build the plans of every stage that was exported."""
+        stages = [stage for stage in self._request.stages if stage in self._done]
+        if self._request.keeps_graphs:
+            drop_stale_plans(self._bundle, stages, self._report)
+        if not self._request.plans:
+            return
+        model, _ = self._facts()
+        build_plans(self._request, stages, model, self._graphs, self._bundle, self._report)
+        if self._graphs is not self._bundle:
+            for name, record in self._graphs.models.items():
+                kept = self._bundle.models.get(name)
+                self._bundle.models[name] = replace(record, weights=kept.weights if kept else None)
 
     def finish(self) -> None:
         """Write the manifest.
@@ -277,10 +252,13 @@ class _Builder:
         """
         if not self._done:
             raise CheckpointError(f"{self._checkpoint.facts.source} holds none of the stages that were asked for")
-        self._write_manifest()
+        self._write_manifest(self._bundle)
+        if self._graphs is not self._bundle:
+            shutil.rmtree(self._graphs.folder)
 
-    def _write_manifest(self) -> None:
-        stage_a = self._models.get("stage_a")
+    def _facts(self) -> tuple[ModelFacts, Mapping[str, SamplerPreset]]:
+        """What the manifest says of the cascade as a whole."""
+        stage_a = self._graphs.models.get("stage_a") or self._bundle.models.get("stage_a")
         facts = self._checkpoint.facts
         scale = StageAConfig.from_dict(dict(stage_a.config)).scale_factor if stage_a else presets.DIFFUSERS_LATENT_SCALE
         sampling = facts.sampling or presets.default_sampling(scale, facts.scaler, facts.s)
@@ -307,10 +285,15 @@ class _Builder:
             sampling = {name: self._merge(self._old.sampling[name], preset) for name, preset in sampling.items()}
         if stage_a:
             model = replace(model, compression=StageAConfig.from_dict(dict(stage_a.config)).compression)
-        files = {name: self._files[name] for name in sorted(self._files)}
-        manifest = Manifest(model, sampling, self._models, group(self._engines.values()), files, self._tokenizer)
-        self._remove(MANIFEST)
-        (self._folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        return model, sampling
+
+    def _write_manifest(self, contents: Contents) -> None:
+        files = {name: contents.files[name] for name in sorted(contents.files)}
+        tokenizer = self._tokenizer if contents is self._bundle else None
+        manifest = Manifest(*self._facts(), contents.models, group(contents.engines.values()), files, tokenizer)
+        path = contents.folder / MANIFEST
+        path.unlink(missing_ok=True)
+        path.write_text(manifest.to_json(), encoding="utf-8")
 
     def _merge(self, old: SamplerPreset, new: SamplerPreset) -> SamplerPreset:
         return SamplerPreset(
@@ -318,10 +301,6 @@ class _Builder:
             new.decoder if "b" in self._done else old.decoder,
             new.latent_scale if "a" in self._done else old.latent_scale,
         )
-
-    def _remove(self, name: str) -> None:
-        """Unlink before writing: the file may be a link to the old bundle's."""
-        (self._folder / name).unlink(missing_ok=True)
 
 
 def _verifier(precision: Precision) -> str:
