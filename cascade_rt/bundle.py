@@ -360,7 +360,7 @@ class Bundle:
                 f"the bundle {self.path} has the {runtime} engine {name} for {built}; this GPU is SM {sm}. "
                 f"Add it with: {self.command(name, runtime, sm)}"
             )
-        kind = "engine" if runtime is None else f"{runtime} engine"
+        kind = f"{runtime} engine" if records else "engine"
         there = f" (it has {', '.join(sorted({r.runtime for r in records}))})" if records else ""
         raise BundleError(
             f"the bundle {self.path} has no {kind} {name}{there}; add it with: {self.command(name, runtime, sm)}"

@@ -56,7 +56,7 @@ class DecoderPipeline:
         """
         runner = self._runner
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        context = {t.name: t for t in runner.bundle.engine("stage_b.context").spec.inputs}
+        context = {t.name: t for t in runner.spec("stage_b.context").inputs}
         if isinstance(image_embeddings, list):
             image_embeddings = np.concatenate(image_embeddings)
         channels = int(context["effnet"].axes[1])
@@ -107,7 +107,7 @@ class DecoderPipeline:
     ) -> CascadeOutput:
         """Make pictures of size ``size`` (latents), cropped to ``crop`` (pixels); the rest as in `CascadePipeline`."""
         runner, facts = self._runner, self._runner.bundle.manifest.model
-        spec = runner.bundle.engine("stage_b.step").spec
+        spec = runner.spec("stage_b.step")
         preset = runner.preset(sampler)
         schedule = runner.schedule("stage_b", sampler, preset.decoder, steps)
         multiple = spec.ranges["height"].multiple

@@ -136,7 +136,7 @@ class CascadePipeline:
         check_choice("output_type", output_type, OUTPUT_TYPES)
         # refuse before the first stage has spent its time
         for name in ("stage_c.step", "stage_b.step", *(() if output_type == "latent" else ("stage_a.decode",))):
-            self.bundle.engine(name)
+            self._runner.spec(name)
         preset = self._runner.preset(sampler)
         scale = or_default(decoder_guidance_scale, preset.decoder.guidance_scale)
         guided = check_scale("decoder_guidance_scale", scale) > 1

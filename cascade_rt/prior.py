@@ -91,7 +91,7 @@ class PriorPipeline:
     ) -> tuple[PriorOutput, Sizes, Embeddings]:
         """Make image embeddings, and say what the decoder goes on with; arguments as in `CascadePipeline`."""
         runner, facts = self._runner, self._runner.bundle.manifest.model
-        step_spec, context_spec = (runner.bundle.engine(f"stage_c.{part}").spec for part in ("step", "context"))
+        step_spec, context_spec = (runner.spec(f"stage_c.{part}") for part in ("step", "context"))
         preset = runner.preset(sampler)
         decoders = runner.bundle.manifest.engines.get("stage_b.step")
         grid = decoders[0].spec.ranges["height"].multiple if decoders else 1

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .backends import DeviceTensor, Engine, Value, open_engine, resolve_provider
+from .backends import DeviceTensor, Engine, Value, find_record, open_engine, resolve_provider
 from .bundle import Bundle, LoopDefaults, SamplerPreset
 from .errors import BundleError, CascadeError, EngineError, RequestError
 from .noise import Noise
@@ -26,6 +26,7 @@ from .sampling import (
     predict_x0,
     timestep_embedding,
 )
+from .stages import EngineSpec
 
 Array = NDArray[np.float32]
 Prompt = str | Sequence[str]
@@ -109,6 +110,14 @@ class Runner:
         return make_schedule(
             self.sampler_name(sampler), count, model.prediction_type, shift=loop.shift, scaler=loop.scaler, s=loop.s
         )
+
+    def spec(self, name: str) -> EngineSpec:
+        """Tensors and ranges of the engine that will run: a plan takes fewer sizes than its graph.
+
+        Raises:
+            BundleError: the bundle has no such engine for the provider.
+        """
+        return find_record(self.bundle, name, self.provider).spec
 
     @contextmanager
     def engine(self, name: str) -> Iterator[Engine]:

@@ -112,7 +112,7 @@ class Stream:
 
     def launch(self, graph: Graph) -> None:
         """Queue a recorded graph."""
-        check(self.rt, "cudaGraphLaunch", self.rt.cudaGraphLaunch(graph.executable, self._handle))
+        check(self.rt, "cudaGraphLaunch", self.rt.cudaGraphLaunch(graph.handle, self._handle))
 
     def close(self) -> None:
         """Give the stream back."""
@@ -121,59 +121,78 @@ class Stream:
             check(self.rt, "cudaStreamDestroy", self.rt.cudaStreamDestroy(handle))
 
 
-class Graph:
-    """An instantiated CUDA graph. Closing twice is fine."""
+class Owned:
+    """Something of CUDA's that is given back once: by `close`, or when nothing refers to it any more."""
+
+    def __init__(self, rt: Any, handle: Any) -> None:
+        self._rt = rt
+        self._handle: Any = handle
+
+    def _give_back(self, handle: Any) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    @property
+    def handle(self) -> Any:
+        """What CUDA knows it by.
+
+        Raises:
+            EngineError: it was given back.
+        """
+        if self._handle is None:
+            raise EngineError(f"{type(self).__name__} was used after it was closed")
+        return self._handle
+
+    def close(self) -> None:
+        """Give it back; twice is fine."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            check(self._rt, f"giving back {type(self).__name__}", self._give_back(handle))
+
+    def __del__(self) -> None:
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle is not None and not sys.is_finalizing():
+            self._give_back(handle)  # an error raised here would only be printed
+
+
+class Graph(Owned):
+    """An instantiated CUDA graph."""
 
     def __init__(self, rt: Any, recorded: Any) -> None:
-        self._rt = rt
         try:
-            self.executable = check(rt, "cudaGraphInstantiate", rt.cudaGraphInstantiate(recorded, 0))
+            super().__init__(rt, check(rt, "cudaGraphInstantiate", rt.cudaGraphInstantiate(recorded, 0)))
         finally:
             check(rt, "cudaGraphDestroy", rt.cudaGraphDestroy(recorded))
 
-    def close(self) -> None:
-        """Give the graph back."""
-        executable, self.executable = self.executable, None
-        if executable is not None:
-            check(self._rt, "cudaGraphExecDestroy", self._rt.cudaGraphExecDestroy(executable))
+    def _give_back(self, handle: Any) -> tuple[Any, ...]:
+        done: tuple[Any, ...] = self._rt.cudaGraphExecDestroy(handle)
+        return done
 
 
-class DeviceBuffer:
-    """Memory on the GPU, given back when nothing refers to it any more."""
+class DeviceBuffer(Owned):
+    """Memory on the GPU."""
 
     def __init__(self, rt: Any, size: int) -> None:
-        self._rt = rt
         self.size = size
-        # every tensor gets an address, also an empty one
-        self.address: int | None = int(check(rt, f"cudaMalloc of {size >> 20} MiB", rt.cudaMalloc(max(size, 1))))
+        # also an empty tensor gets an address
+        super().__init__(rt, int(check(rt, f"cudaMalloc of {size >> 20} MiB", rt.cudaMalloc(max(size, 1)))))
 
-    def close(self) -> None:
-        """Give the memory back; twice is fine."""
-        address, self.address = self.address, None
-        if address is not None:
-            check(self._rt, "cudaFree", self._rt.cudaFree(address))
-
-    def __del__(self) -> None:
-        address, self.address = getattr(self, "address", None), None
-        if address is not None:
-            self._rt.cudaFree(address)  # an error raised here would only be printed
+    def _give_back(self, handle: Any) -> tuple[Any, ...]:
+        done: tuple[Any, ...] = self._rt.cudaFree(handle)
+        return done
 
 
-class PinnedArray:
-    """Page-locked host memory as a NumPy array: what is copied to the GPU without a detour."""
+class PinnedArray(Owned):
+    """Page-locked host memory as a NumPy array, ``array``: what is copied to the GPU without a detour."""
 
     def __init__(self, rt: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._rt = rt
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        self.address: int | None = int(check(rt, "cudaMallocHost", rt.cudaMallocHost(max(size, 1))))
-        block = (ctypes.c_uint8 * size).from_address(self.address)
+        super().__init__(rt, int(check(rt, "cudaMallocHost", rt.cudaMallocHost(max(size, 1)))))
+        block = (ctypes.c_uint8 * size).from_address(self.handle)
         self.array: NDArray[Any] = np.frombuffer(memoryview(block), dtype=np.uint8).view(dtype).reshape(shape)
 
-    def close(self) -> None:
-        """Give the memory back; twice is fine. ``array`` must not be used afterwards."""
-        address, self.address = self.address, None
-        if address is not None:
-            check(self._rt, "cudaFreeHost", self._rt.cudaFreeHost(address))
+    def _give_back(self, handle: Any) -> tuple[Any, ...]:
+        done: tuple[Any, ...] = self._rt.cudaFreeHost(handle)
+        return done
 
 
 @dataclass(frozen=True)
@@ -186,11 +205,5 @@ class CudaTensor:
 
     @property
     def address(self) -> int:
-        """Where it lies.
-
-        Raises:
-            EngineError: its memory was given back.
-        """
-        if self.buffer.address is None:
-            raise EngineError("a tensor on the GPU was used after its engine was closed")
-        return self.buffer.address
+        """Where it lies."""
+        return int(self.buffer.handle)

@@ -56,7 +56,8 @@ def build_plans(
             bundle.add_file(file)
             bundle.engines[plan.record.key] = plan.record
             size = bundle.files[file]["bytes"] / 2**20
-            report(f"{file}: built in {plan.seconds:.1f} s, {size:.1f} MiB; the builder took {plan.peak_mib} MiB")
+            memory = "" if plan.peak_mib is None else f"; the builder took {plan.peak_mib} MiB"
+            report(f"{file}: built in {plan.seconds:.1f} s, {size:.1f} MiB{memory}")
 
 
 def drop_stale_plans(bundle: Contents, stages: Sequence[StageName], report: Report) -> None:

@@ -67,12 +67,12 @@ class Plan:
     Attributes:
         record: for the manifest.
         seconds: from loading the builder to the written file.
-        peak_mib: largest resident size of the process that built it.
+        peak_mib: largest resident size of the process that built it; None where the system does not say.
     """
 
     record: EngineRecord
     seconds: float
-    peak_mib: int
+    peak_mib: int | None
 
 
 def resolve_targets(names: Sequence[str], sm: str | None) -> tuple[Target, ...]:

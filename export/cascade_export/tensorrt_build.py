@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -59,7 +58,7 @@ class Message(TypedDict, total=False):
     version: str
     flags: list[str]
     seconds: float
-    peak_mib: int
+    peak_mib: int | None
 
 
 class BuildError(Exception):
@@ -111,7 +110,7 @@ def build(job: Job, send: Callable[[Message], None], cancelled: threading.Event)
         "version": str(trt.__version__),
         "flags": flags,
         "seconds": time.perf_counter() - started,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        "peak_mib": _peak_mib(),
     }
 
 
@@ -146,6 +145,16 @@ def _save_timing_cache(config: Any, path: Path) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     beside.write_bytes(content)
     beside.replace(path)
+
+
+def _peak_mib() -> int | None:
+    """Largest resident size of this process, where the system says it.
+
+    Not ``ru_maxrss``: that starts at the size of the process which started this one.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), None)
 
 
 def _parser_errors(parser: Any) -> str:
