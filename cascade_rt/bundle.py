@@ -88,11 +88,14 @@ class ModelRecord:
     """One component of the checkpoint: its config (enough to build it again), weights file and prediction type.
 
     ``weights`` is None where the bundle holds only plans of it: a plan contains the weights.
+    ``stream_scales``, of fp16 denoisers: by which powers of two the residual stream is kept divided in each level
+    (``down``, ``up``), and the largest values that decided it.
     """
 
     config: Mapping[str, Any]
     weights: str | None
     prediction_type: PredictionType | None = None
+    stream_scales: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

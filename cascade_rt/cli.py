@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +162,30 @@ def show(args: argparse.Namespace) -> None:
     print(f"{m.width} x {m.height} px; samplers: {', '.join(manifest.sampling)}, default {m.default_sampler}")
     total = sum(f["bytes"] for f in manifest.files.values())
     print(f"{len(manifest.files)} files, {total / 2**20:.1f} MiB" + (", all hashes right" if args.check else ""))
-    rows = [("engine", "runtime", "precision", "from fp32", "inputs")]
+    rows = [("engine", "runtime", "precision", "rel. L2", "max", "cosine", "PSNR", "inputs")]
     for record in manifest.records:
-        figures = record.verification
-        error = "not verified" if figures is None else f"{figures['rel_l2']:.1e}"
         inputs = ", ".join(f"{t.name}[{' x '.join(map(str, t.axes))}]" for t in record.spec.inputs)
         runtime = " ".join([record.runtime, *(f"sm{number}" for number in record.sm)])
-        rows.append((record.spec.name, runtime, record.precision, error, inputs))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        rows.append((record.spec.name, runtime, record.precision, *_figures(record.verification), inputs))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] + [0]
     for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    print("figures: against fp32 PyTorch")
+    for name, model in manifest.models.items():
+        if (scan := model.stream_scales) is not None:
+            print(
+                f"{name}: residual stream kept divided by {scan['down']} on the way down and {scan['up']} on the way "
+                f"up; largest values seen {scan['largest_down']} and {scan['largest_up']} (fp16 ends at 65504)"
+            )
+
+
+def _figures(verification: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
+    """Relative L2, largest difference, cosine and PSNR, as `cascade-info` prints them."""
+    if verification is None:
+        return "not verified", "", "", ""
+    v = verification
+    psnr = "" if v.get("psnr") is None else f"{v['psnr']:.1f} dB"
+    return f"{v['rel_l2']:.1e}", f"{v['max_abs']:.1e}", f"{v['cosine']:.8f}", psnr
 
 
 def main_run(argv: Sequence[str] | None = None) -> int:

@@ -148,7 +148,7 @@ def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
         with torch.no_grad():
             if name.endswith(("gamma", "beta", "gammas")) or parameter.ndim < 2:
                 parameter.normal_(0, 0.3, generator=generator)
-                if "norm" in name and name.endswith("weight"):
+                if name.endswith("weight"):  # of a norm; around nought it would leave nothing of the signal
                     parameter.add_(1)
             else:
                 parameter.normal_(0, (parameter[0].numel()) ** -0.5, generator=generator)

@@ -6,14 +6,13 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import cascade_rt
@@ -34,16 +33,18 @@ from cascade_rt.text import TokenizerRecord
 
 from . import presets
 from .checkpoints import BundleCheckpoint
-from .components import Checkpoint, Component
+from .components import Checkpoint
 from .graphs import dims_of
-from .models import StageAConfig, build_model
+from .loading import load_fp32, plain_json, weights_of
+from .models import StageAConfig, StreamScales
 from .plans import build_plans, drop_stale_plans
+from .precision import fit_scales
 from .request import ExportRequest, Report
 from .staging import Contents, Staging
 from .tensorrt import check_precision
-from .trace import OPSET, WEIGHT_DTYPE, save, trace
+from .trace import OPSET, WEIGHT_DTYPE, Traced, save, trace
 from .verify import verify_stage
-from .weights import RandomSource, TensorSource, check_architecture, write_safetensors
+from .weights import TensorSource, write_safetensors
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -145,16 +146,15 @@ class _Builder:
                 f"the checkpoint {self._checkpoint.facts.source} has no {name}; --stage {stage} needs one that has it"
             )
         precision = self._request.precision
-        config = _plain_json(component.config)
+        config = plain_json(component.config)
         specs = [s.resolve(dims_of(s.name, config), precision) for s in engines_of(stage)]
+        source = weights_of(name, config, component)
         started = time.perf_counter()
-        graphs = {}
-        for spec in specs:
-            with _bar(1, f"trace {spec.name}", self._request.quiet) as bar:
-                graphs[spec.name] = trace(spec, config, precision)
-                bar.update(1)
+        scales, scanned = None, None
+        if precision == "fp16" and name in ("stage_c", "stage_b"):
+            scales, scanned = fit_scales(name, config, source, component.prediction_type, self._checkpoint)
+        graphs = self._trace(specs, config, scales)
         traced = time.perf_counter()
-        source = _weights_of(name, config, component)
         used = sorted({w for graph in graphs.values() for w in graph.weights})
         made = self._graphs
         file = f"{name}.safetensors"
@@ -165,7 +165,7 @@ class _Builder:
             places = write_safetensors(made.folder / file, used, source, dtype, bar.update)
         made.add_file(file)
         prediction = component.prediction_type if stage in ("b", "c") else None
-        made.models[name] = ModelRecord(config, file, prediction)
+        made.models[name] = ModelRecord(config, file, prediction, scanned)
         for spec in specs:
             graph = f"{spec.name}.onnx"
             made.remove(graph)
@@ -179,15 +179,25 @@ class _Builder:
         self._done.add(stage)
         line = f"{stage}: traced in {traced - started:.1f} s"
         line += f", {size / 2**20:.1f} MiB of weights in {written - traced:.1f} s"
+        if scanned is not None:
+            line += f", stream divided by {scanned['down']} down and {scanned['up']} up"
         if self._request.verify:
             figures = self._verify(specs, config, source)
             line += f", verified in {time.perf_counter() - written:.1f} s"
             line += "".join(f"\n  {n}: {f['rel_l2']:.1e} from fp32 PyTorch" for n, f in figures.items())
         self._report(line)
 
+    def _trace(self, specs: list[EngineSpec], config: dict[str, Any], scales: StreamScales | None) -> dict[str, Traced]:
+        graphs = {}
+        for spec in specs:
+            with _bar(1, f"trace {spec.name}", self._request.quiet) as bar:
+                graphs[spec.name] = trace(spec, config, self._request.precision, scales)
+                bar.update(1)
+        return graphs
+
     def _verify(self, specs: list[EngineSpec], config: dict[str, Any], source: TensorSource) -> dict[str, Any]:
         """Compare the stage's engines, as they lie in the folder, with fp32 PyTorch."""
-        module = _load_fp32(specs[0].model, config, source)
+        module = load_fp32(specs[0].model, config, source)
         provider = _verifier(self._request.precision)
         self._write_manifest(self._graphs)
         bundle = Bundle(self._graphs.folder)
@@ -320,36 +330,6 @@ def _verifier(precision: Precision) -> str:
         "nothing on this machine runs bf16 engines (ONNX Runtime's CPU provider cannot, and there is no OpenVINO or "
         "CUDA device), so they cannot be verified; add --no-verify, which the manifest records, or use --precision fp32"
     )
-
-
-def _weights_of(name: str, config: dict[str, Any], component: Component) -> TensorSource:
-    """The component's tensors, checked against the architecture that its config describes."""
-    with torch.device("meta"):
-        module = build_model(name, config)
-    wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-    if component.weights is None:
-        return RandomSource(wanted, component.seed)
-    check_architecture(name, wanted, component.weights)
-    return component.weights
-
-
-def _load_fp32(name: str, config: dict[str, Any], source: TensorSource) -> nn.Module:
-    """The module in fp32 with its weights."""
-    module = build_model(name, config)
-    state = {n: source.read(n).float() for n in module.state_dict() if n in source.shapes}
-    module.load_state_dict(state, strict=False)
-    return module
-
-
-def _plain_json(value: Any) -> Any:
-    """Config values as JSON has them; transformers adds keys that are no part of an architecture."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if isinstance(value, Mapping):
-        return {k: _plain_json(v) for k, v in value.items() if not str(k).startswith("_name_or_path")}
-    if isinstance(value, list | tuple):
-        return [_plain_json(v) for v in value]
-    return value
 
 
 def _tools() -> dict[str, str]:

@@ -26,7 +26,7 @@ from cascade_rt.errors import ExportError
 from cascade_rt.stages import EngineSpec, Precision
 
 from .graphs import CALLS, Feeds
-from .models import build_model
+from .models import Denoiser, StreamScales, build_model
 
 TORCH_DTYPE: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -64,19 +64,23 @@ class _Graph(nn.Module):
         return self._call(self.model, inputs)
 
 
-def trace(spec: EngineSpec, config: dict[str, Any], precision: Precision) -> Traced:
+def trace(spec: EngineSpec, config: dict[str, Any], precision: Precision, scales: StreamScales | None = None) -> Traced:
     """Trace an engine.
 
     Args:
         spec: resolved row of the table.
         config: of the model.
         precision: of weights and wide activations.
+        scales: what a denoiser's residual stream is kept divided by; None: nothing.
 
     Raises:
         ExportError: the graph does not come out as the table says.
     """
     with _quiet(), FakeTensorMode():
         module = _build(spec.model, config, WEIGHT_DTYPE[precision])
+        if scales is not None:
+            assert isinstance(module, Denoiser)
+            module.stream_scales = scales
         examples, shapes = _examples(spec)
         program = torch.onnx.export(
             _Graph(module, CALLS[spec.name]),

@@ -50,7 +50,7 @@ def test_cuda_beyond_one_launch_has_no_repeats() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True, "0"])
 def test_bad_seeds_are_named(seed: object) -> None:
-    with pytest.raises(RequestError, match="seed .* integer from 0 to"):
+    with pytest.raises(RequestError, match=r"seed .* integer from 0 to"):
         make_noise("torch-cpu", seed)  # type: ignore[arg-type]
 
 

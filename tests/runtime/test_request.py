@@ -50,7 +50,7 @@ def test_bad_sizes_are_named(size: object) -> None:
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "4", None, True])
 def test_bad_scales_are_named(scale: object) -> None:
-    with pytest.raises(RequestError, match="guidance_scale .* finite number"):
+    with pytest.raises(RequestError, match=r"guidance_scale .* finite number"):
         check_scale("guidance_scale", scale)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from cascade_rt.errors import CheckpointError
 
 from .clip import build_image_encoder, build_text_encoder
-from .denoiser import Context, Denoiser, DenoiserConfig, timestep_embedding
+from .denoiser import Context, Denoiser, DenoiserConfig, StreamScales, timestep_embedding
 from .effnet import EffNetConfig, SemanticEncoder
 from .previewer import Previewer
 from .stage_a import StageA, StageAConfig
@@ -25,6 +25,7 @@ __all__ = [
     "SemanticEncoder",
     "StageA",
     "StageAConfig",
+    "StreamScales",
     "build_model",
     "timestep_embedding",
 ]

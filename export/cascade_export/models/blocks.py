@@ -5,6 +5,11 @@ last axis, so the only operator that wants another layout is the depthwise convo
 view is the `channels_last` memory format and costs nothing, and in an exported graph two transposes a residual block
 remain instead of six.
 
+**The residual stream may be kept divided by a power of two**, each block's ``stream_scale``: fp16 ends at 65,504, and
+the stream of the published 3.6B Stage C goes beyond. Norms take the factor out again, so nothing changes but the
+norms' epsilon, which is divided by the factor's square; what a block adds to the stream is divided where it is still
+small. With a factor of 1 no operation is added.
+
 Sub-module names are diffusers', so a checkpoint's keys are this package's state-dict keys.
 Matches: ``diffusers/models/unets/unet_stable_cascade.py`` (checked in ``tests/parity``).
 """
@@ -19,33 +24,54 @@ LAYER_NORM_EPS = 1e-6
 GRN_EPS = 1e-6
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the last axis without weights, accumulated in float32 whatever the dtype of ``x``."""
-    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+def layer_norm(x: Tensor, stream_scale: float = 1.0) -> Tensor:
+    """LayerNorm over the last axis without weights, accumulated in float32 whatever the dtype of ``x``.
+
+    Args:
+        x: ``[..., C]``, holding the true values divided by ``stream_scale``.
+        stream_scale: see the module.
+    """
+    normed: Tensor = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS / stream_scale**2)
+    return normed
+
+
+def shrink(x: Tensor, stream_scale: float) -> Tensor:
+    """``x / stream_scale``, without an operation where there is nothing to divide."""
+    shrunk: Tensor = x if stream_scale == 1 else x * (1 / stream_scale)
+    return shrunk
 
 
 class LayerNorm(nn.Module):
     """`layer_norm` as a module: it holds the place that diffusers' norm has in an ``nn.Sequential``."""
 
+    stream_scale = 1.0
+
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x)
+        return layer_norm(x, self.stream_scale)
 
 
 class Pointwise(nn.Conv2d):
     """A 1 x 1 convolution with a convolution's weight ``[out, in, 1, 1]``, applied to the last axis as a Linear."""
 
+    stream_scale = 1.0
+
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        bias = None if self.bias is None else shrink(self.bias, self.stream_scale)
+        return F.linear(x, self.weight.flatten(1), bias)
 
 
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` on ``[B, H, W, C]``."""
 
+    stream_scale = 1.0
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        bias = None if self.bias is None else shrink(self.bias, self.stream_scale)
+        y: Tensor = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, bias)
+        return y.permute(0, 2, 3, 1)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -68,16 +94,21 @@ class GlobalResponseNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
+    stream_scale = 1.0
+
     def forward(self, x: Tensor) -> Tensor:
         response: Tensor = torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True)
         response = response / (response.mean(dim=-1, keepdim=True) + GRN_EPS)
-        scale = (1 + self.gamma.float() * response).to(x.dtype)
-        y: Tensor = x * scale + self.beta
+        # the stream's factor is taken here, where it costs nothing: the Linear behind this then adds small numbers
+        scale = shrink(1 + self.gamma.float() * response, self.stream_scale).to(x.dtype)
+        y: Tensor = x * scale + shrink(self.beta, self.stream_scale)
         return y
 
 
 class ResBlock(nn.Module):
     """Depthwise convolution, LayerNorm, and a gated MLP of four times the width; ``skip`` joins before the MLP."""
+
+    stream_scale = 1.0
 
     def __init__(self, channels: int, skip_channels: int, kernel_size: int, dropout: float) -> None:
         super().__init__()
@@ -97,15 +128,27 @@ class ResBlock(nn.Module):
             x: ``[B, H, W, C]``.
             skip: ``[B, H, W, C_skip]``, needed exactly when the block was made with ``skip_channels > 0``.
         """
-        h = layer_norm(self.depthwise(x))
+        h = layer_norm(self.depthwise(x), self.stream_scale)
         if skip is not None:
             h = torch.cat([h, skip], dim=-1)
-        y: Tensor = self.channelwise(h)
-        return x + y
+        narrow = self.channelwise[-1]
+        assert isinstance(narrow, nn.Linear)
+        for layer in list(self.channelwise)[:-1]:
+            h = layer(h)
+        return x + F.linear(h, narrow.weight, shrink(narrow.bias, self.stream_scale))
+
+    def set_stream_scale(self, scale: float) -> None:
+        """Keep the stream divided by ``scale``, a power of two."""
+        self.stream_scale = self.depthwise.stream_scale = scale
+        respond = self.channelwise[2]
+        assert isinstance(respond, GlobalResponseNorm)
+        respond.stream_scale = scale
 
 
 class TimestepBlock(nn.Module):
     """Scale and shift by the timestep. `modulation` is the part that does not depend on the latents."""
+
+    stream_scale = 1.0
 
     def __init__(self, channels: int, embedding_dim: int, conditions: tuple[str, ...]) -> None:
         super().__init__()
@@ -131,7 +174,11 @@ class TimestepBlock(nn.Module):
         for name in self.condition_mappers:
             total = total + _linear_fp32(getattr(self, name), zero_embedding)
         scale, shift = total.chunk(2, dim=-1)
-        return torch.cat([1 + scale, shift], dim=-1)
+        return torch.cat([1 + scale, shrink(shift, self.stream_scale)], dim=-1)
+
+    def set_stream_scale(self, scale: float) -> None:
+        """Keep the stream divided by ``scale``, a power of two."""
+        self.stream_scale = scale
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Apply ``modulation`` ``[rows, 2 * channels]`` (rows: 1 or the batch) to ``x`` ``[B, H, W, C]``."""
@@ -149,6 +196,8 @@ class Attention(nn.Module):
 
     Keys and values of the condition tokens come in ready made (`condition_kv`): they are the same in every step.
     """
+
+    stream_scale = 1.0
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -181,8 +230,10 @@ class Attention(nn.Module):
             value = torch.cat([self.to_v(x), value], dim=1)
         query, key, value = (self._split_heads(t) for t in (self.to_q(x), key, value))
         out = F.scaled_dot_product_attention(query, key, value)
-        y: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))
-        return y
+        project = self.to_out[0]
+        assert isinstance(project, nn.Linear)
+        out = shrink(out.transpose(1, 2).flatten(2), self.stream_scale)
+        return F.linear(out, project.weight, shrink(project.bias, self.stream_scale))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         y: Tensor = x.unflatten(-1, (self.heads, self.inner // self.heads))
@@ -191,6 +242,8 @@ class Attention(nn.Module):
 
 class AttnBlock(nn.Module):
     """LayerNorm, attention over image and condition tokens, residual."""
+
+    stream_scale = 1.0
 
     def __init__(self, channels: int, condition_dim: int, heads: int, self_attention: bool) -> None:
         super().__init__()
@@ -204,7 +257,11 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor, condition_kv: Tensor) -> Tensor:
         """``x`` ``[B, H, W, C]`` plus attention over itself and ``condition_kv`` ``[2, B, T, inner]``."""
-        tokens = layer_norm(x).flatten(1, 2)
+        tokens = layer_norm(x, self.stream_scale).flatten(1, 2)
         out = self.attention(tokens, condition_kv, self.self_attention)
         y: Tensor = x + out.unflatten(1, x.shape[1:3])
         return y
+
+    def set_stream_scale(self, scale: float) -> None:
+        """Keep the stream divided by ``scale``, a power of two."""
+        self.stream_scale = self.attention.stream_scale = scale

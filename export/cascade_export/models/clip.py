@@ -23,7 +23,15 @@ def build_image_encoder(config: dict[str, Any]) -> nn.Module:
 
     made = CLIPVisionConfig.from_dict(config)
     model: nn.Module = CLIPVisionModelWithProjection._from_config(made, attn_implementation="eager")
+    model.get_submodule("vision_model.embeddings.position_embedding").__class__ = _AllPositions
     return model
+
+
+class _AllPositions(nn.Embedding):
+    """Looks up every position, in order: the ids are a buffer, which has no value while weights are fake."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, ARG002 - the signature of nn.Embedding
+        return self.weight[None]
 
 
 def encode_text(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from .blocks import (
     ResBlock,
     TimestepBlock,
     layer_norm,
+    shrink,
 )
 
 BLOCK_TYPES = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
@@ -182,6 +183,18 @@ class Context(NamedTuple):
     condition_map: Tensor | None
 
 
+class StreamScales(NamedTuple):
+    """What the residual stream is divided by in each level: powers of two, so that no bit of a weight is lost.
+
+    Attributes:
+        down: for each level on the way down, the first (largest) first.
+        up: for each level on the way up, the deepest first, as in diffusers' lists.
+    """
+
+    down: tuple[float, ...]
+    up: tuple[float, ...]
+
+
 class Rescale(nn.Module):
     """A level change without a strided convolution: 1 x 1 convolution and, where switched on, bilinear resampling.
 
@@ -243,6 +256,7 @@ class Denoiser(nn.Module):
         self.clf = nn.Sequential(
             LayerNorm(), Pointwise(widths[0], config.out_channels * patch**2), nn.PixelShuffle(patch)
         )
+        self._stream_scales = StreamScales((1.0,) * config.levels, (1.0,) * config.levels)
 
     def _blocks(self, level: int, up: bool) -> nn.ModuleList:
         c, width = self.config, self.config.block_out_channels[level]
@@ -273,6 +287,33 @@ class Denoiser(nn.Module):
         else:
             change = Conv2d(source, target, kernel_size=2, stride=2)
         return nn.Sequential(LayerNorm(), change)
+
+    @property
+    def stream_scales(self) -> StreamScales:
+        """What the residual stream is divided by in each level; ones unless it was set."""
+        return self._stream_scales
+
+    @stream_scales.setter
+    def stream_scales(self, scales: StreamScales) -> None:
+        for half, stacks, changes, repeats in (
+            (scales.down, self.down_blocks, self.down_downscalers, self.down_repeat_mappers),
+            (scales.up, self.up_blocks, self.up_upscalers, self.up_repeat_mappers),
+        ):
+            if len(half) != self.config.levels or any(k < 1 or math.log2(k) % 1 for k in half):
+                raise ValueError(f"stream scales {half} must be {self.config.levels} powers of two, none below 1")
+            for index, scale in enumerate(half):
+                for block in stacks[index].children():
+                    assert isinstance(block, ResBlock | TimestepBlock | AttnBlock)
+                    block.set_stream_scale(scale)
+                for mapper in repeats[index].children():
+                    assert isinstance(mapper, Pointwise)
+                    mapper.stream_scale = scale
+                # a level change begins with a norm of the level that it leaves
+                leaving = index + 1 if half is scales.down else index
+                if leaving < self.config.levels and isinstance(change := changes[leaving], nn.Sequential):
+                    _norm_of(change).stream_scale = scale
+        _norm_of(self.clf).stream_scale = scales.up[-1]
+        self._stream_scales = scales
 
     @property
     def dtype(self) -> torch.dtype:
@@ -355,8 +396,10 @@ class Denoiser(nn.Module):
         return self._denoise(sample, context.modulation, context)
 
     def _denoise(self, latents: Tensor, modulation: Tensor, context: Context) -> Tensor:
+        scales = self.stream_scales
         unshuffle, project, norm = self.embedding
         x = norm(project(unshuffle(latents.to(self.dtype)).permute(0, 2, 3, 1)))
+        x = shrink(x, scales.down[0])
         if context.condition_map is not None:
             x = x + context.condition_map
         time_blocks, attn_blocks = self._timestep_blocks(), self._attention_blocks()
@@ -382,15 +425,20 @@ class Denoiser(nn.Module):
                     x = repeats[turn](x)
             return x
 
-        skips: list[Tensor | None] = []
-        for blocks, scaler, repeats in zip(
-            self.down_blocks, self.down_downscalers, self.down_repeat_mappers, strict=True
-        ):
-            x = run(scaler(x), blocks, repeats)
-            skips.append(x)
-        skips[-1] = None  # the deepest level goes straight on
-        for blocks, scaler, repeats in zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers, strict=True):
-            x = scaler(run(x, blocks, repeats, skips.pop()))
+        skips: list[Tensor] = []
+        levels = range(self.config.levels)
+        for i in levels:
+            if i:  # the norm in front of a level change has taken the last level's factor out
+                x = shrink(self.down_downscalers[i](x), scales.down[i])
+            x = run(x, self.down_blocks[i], self.down_repeat_mappers[i])
+            # a skip goes into a Linear unnormalised, so it is handed on in its true size
+            skips.append(shrink(x, 1 / scales.down[i]))
+        x = shrink(x, scales.up[0] / scales.down[-1])
+        for i in levels:
+            skip = skips[-1 - i] if i else None  # the deepest level goes straight on
+            x = run(x, self.up_blocks[i], self.up_repeat_mappers[i], skip)
+            if i < self.config.levels - 1:
+                x = shrink(self.up_upscalers[i](x), scales.up[i + 1])
         norm, project, shuffle = self.clf
         y: Tensor = shuffle(project(norm(x)).permute(0, 3, 1, 2))
         return y.float()
@@ -418,7 +466,7 @@ class Denoiser(nn.Module):
             # inference always passes zero pixels, and the map of a constant picture is constant: one vector
             zero = effnet.new_zeros(1, 1, 1, self.config.pixel_mapper_in_channels, dtype=self.dtype)
             result = result + self.pixels_mapper(zero)
-        return result
+        return shrink(result, self.stream_scales.down[0])
 
     def _timestep_blocks(self) -> list[TimestepBlock]:
         stacks = (*self.down_blocks, *self.up_blocks)
@@ -467,3 +515,9 @@ def _map_to(in_channels: int, width: int) -> nn.Sequential:
 
 def _repeats(width: int, repeat: int) -> nn.ModuleList:
     return nn.ModuleList([Pointwise(width, width) for _ in range(repeat - 1)])
+
+
+def _norm_of(part: nn.Sequential) -> LayerNorm:
+    norm = part[0]
+    assert isinstance(norm, LayerNorm)
+    return norm
