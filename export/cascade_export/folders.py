@@ -76,7 +76,7 @@ class FolderCheckpoint:
         return Facts(
             source=self.source or self.path.resolve().name,
             name=ours.get("name"),
-            size=ours.get("size"),
+            size=ours.get("size") or self.size,
             licence=self.licence or ours.get("licence"),
             revision=self.revision,
             height=ours.get("height"),
