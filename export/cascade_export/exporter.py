@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 import cascade_rt
-from cascade_rt.backends import Value, open_engine, resolve_provider
+from cascade_rt.backends import Engine, Value, open_engine, resolve_provider
+from cascade_rt.backends.ort import OrtEngine
 from cascade_rt.bundle import (
     MANIFEST,
     Bundle,
@@ -28,7 +29,7 @@ from cascade_rt.bundle import (
     group,
 )
 from cascade_rt.errors import CheckpointError, EngineError, RequestError
-from cascade_rt.stages import EngineSpec, Precision, StageName, engines_of
+from cascade_rt.stages import ENGINES, EngineSpec, StageName, engines_of
 from cascade_rt.text import TokenizerRecord
 
 from . import presets
@@ -43,6 +44,7 @@ from .request import ExportRequest, Report
 from .staging import Contents, Staging
 from .tensorrt import check_precision
 from .trace import OPSET, WEIGHT_DTYPE, Traced, save, trace
+from .twin import write_fp32_twin
 from .verify import verify_stage
 from .weights import TensorSource, write_safetensors
 
@@ -69,8 +71,6 @@ def export(checkpoint: Checkpoint, request: ExportRequest, report: Report = lamb
     old = _existing(request)
     for target in request.plans:
         check_precision(target, request.precision)
-    if request.verify:
-        _verifier(request.precision)  # refuse before the work is done, not after
     with Staging(request.out, old) as staging:
         builder = _Builder(checkpoint, request, staging.path, old, report)
         for stage in request.stages:
@@ -198,10 +198,9 @@ class _Builder:
     def _verify(self, specs: list[EngineSpec], config: dict[str, Any], source: TensorSource) -> dict[str, Any]:
         """Compare the stage's engines, as they lie in the folder, with fp32 PyTorch."""
         module = load_fp32(specs[0].model, config, source)
-        provider = _verifier(self._request.precision)
-        self._write_manifest(self._graphs)
-        bundle = Bundle(self._graphs.folder)
-        engines = {spec.name: open_engine(bundle, spec.name, provider) for spec in specs}
+        precision = self._request.precision
+        provider = bf16_provider() if precision == "bf16" else resolve_provider("cpu")
+        engines = {spec.name: self._open(spec, config, provider) for spec in specs}
 
         def run(name: str, feeds: Mapping[str, Value]) -> dict[str, Value]:
             host = {n: v for n, v in feeds.items() if isinstance(v, np.ndarray)}
@@ -209,15 +208,29 @@ class _Builder:
             return engines[name].bind(context)(host)
 
         try:
-            figures = verify_stage(specs, module, run, self._request.precision)
+            figures = verify_stage(specs, module, run, precision)
         finally:
             for engine in engines.values():
                 engine.close()
+        by = provider or "cpu, in fp32 arithmetic over the bf16 weights"
         for name, row in figures.items():
             key = (name, "onnx", ())
-            verified = replace(self._graphs.engines[key], verification={"provider": provider, **row})
-            self._graphs.engines[key] = verified
+            self._graphs.engines[key] = replace(self._graphs.engines[key], verification={"provider": by, **row})
         return figures
+
+    def _open(self, spec: EngineSpec, config: dict[str, Any], provider: str | None) -> Engine:
+        """Load an engine as it lies in the folder; without a provider, its fp32 twin."""
+        if provider is not None:
+            self._write_manifest(self._graphs)
+            return open_engine(Bundle(self._graphs.folder), spec.name, provider)
+        record = self._graphs.engines[(spec.name, "onnx", ())]
+        wide = ENGINES[spec.name].resolve(dims_of(spec.name, config), "fp32")
+        twin = self._graphs.folder / f".{spec.name}.twin.onnx"
+        write_fp32_twin(self._graphs.folder / record.file, twin)
+        try:
+            return OrtEngine(replace(record, spec=wide, precision="fp32"), twin, "cpu")
+        finally:
+            twin.unlink()
 
     def _add_tokenizer(self) -> None:
         tokenizer = self._checkpoint.tokenizer()
@@ -313,23 +326,14 @@ class _Builder:
         )
 
 
-def _verifier(precision: Precision) -> str:
-    """The provider that can run a precision on this machine.
-
-    Raises:
-        RequestError: none can.
-    """
-    if precision != "bf16":
-        return resolve_provider("cpu")
+def bf16_provider() -> str | None:
+    """The provider that can run bf16 engines on this machine, None if none can."""
     for provider in ("cuda", "openvino"):
         try:
             return resolve_provider(provider)
         except EngineError:
             continue
-    raise RequestError(
-        "nothing on this machine runs bf16 engines (ONNX Runtime's CPU provider cannot, and there is no OpenVINO or "
-        "CUDA device), so they cannot be verified; add --no-verify, which the manifest records, or use --precision fp32"
-    )
+    return None
 
 
 def _tools() -> dict[str, str]:

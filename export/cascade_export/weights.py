@@ -157,8 +157,8 @@ def check_architecture(component: str, wanted: Mapping[str, Shape], source: Tens
         CheckpointError: the first tensors that are missing, unknown or of another shape.
     """
     found = source.shapes
-    # bookkeeping of BatchNorm and of older transformers, unused at inference
-    idle = ("num_batches_tracked", "position_ids", "logit_scale")
+    # bookkeeping of BatchNorm and of older transformers, and Stage A's codebook: no engine uses them
+    idle = ("num_batches_tracked", "position_ids", "logit_scale", "vquantizer.embedding.weight")
 
     def names(keys: set[str]) -> str:
         some = sorted(k for k in keys if not k.endswith(idle))
