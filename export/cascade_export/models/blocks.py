@@ -74,8 +74,23 @@ class Conv2d(nn.Conv2d):
         return y.permute(0, 2, 3, 1)
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` on ``[B, H, W, C]``."""
+class PlainConvTranspose2d(nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` on ``[B, C, H, W]``, computed in float32 where its weights are bfloat16.
+
+    TensorRT-RTX 1.7 builds no transposed convolution in bfloat16 ("Could not infer output types for operation:
+    deconv"); in float16 and float32 it does.
+    """
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if self.weight.dtype != torch.bfloat16:
+            return super().forward(x, output_size)
+        bias = None if self.bias is None else self.bias.float()
+        y = F.conv_transpose2d(x.float(), self.weight.float(), bias, self.stride, self.padding)  # type: ignore[arg-type]
+        return y.to(x.dtype)
+
+
+class ConvTranspose2d(PlainConvTranspose2d):
+    """The same on ``[B, H, W, C]``."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .blocks import PlainConvTranspose2d
+
 
 class Previewer(nn.Module):
     """Latents ``[B, 16, h, w]`` -> pixels ``[B, 3, 8h, 8w]``."""
@@ -14,14 +16,14 @@ class Previewer(nn.Module):
     def __init__(self, in_channels: int = 16, hidden: int = 512, out_channels: int = 3) -> None:
         super().__init__()
         half, quarter = hidden // 2, hidden // 4
-        body = [
+        body: list[nn.Conv2d | PlainConvTranspose2d] = [
             nn.Conv2d(in_channels, hidden, 1),
             nn.Conv2d(hidden, hidden, 3, padding=1),
-            nn.ConvTranspose2d(hidden, half, 2, stride=2),
+            PlainConvTranspose2d(hidden, half, 2, stride=2),
             nn.Conv2d(half, half, 3, padding=1),
-            nn.ConvTranspose2d(half, quarter, 2, stride=2),
+            PlainConvTranspose2d(half, quarter, 2, stride=2),
             nn.Conv2d(quarter, quarter, 3, padding=1),
-            nn.ConvTranspose2d(quarter, quarter, 2, stride=2),
+            PlainConvTranspose2d(quarter, quarter, 2, stride=2),
             nn.Conv2d(quarter, quarter, 3, padding=1),
         ]
         layers: list[nn.Module] = []
