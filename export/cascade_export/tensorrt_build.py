@@ -23,6 +23,7 @@ from typing import Any, TypedDict
 
 CANCEL_SECONDS = 20.0
 PROGRESS_SECONDS = 0.1
+LONGEST_REASON = 400
 
 
 class Job(TypedDict):
@@ -178,7 +179,8 @@ def _logger(trt: Any) -> Any:
 
 
 def _said(log: Any) -> str:
-    return "; ".join(dict.fromkeys(log.errors[-3:])) or "TensorRT gave no reason"
+    reasons = dict.fromkeys(error[:LONGEST_REASON] for error in log.errors[-3:])  # some hold whole weights
+    return "; ".join(reasons) or "TensorRT gave no reason"
 
 
 def _monitor(trt: Any, send: Callable[[Message], None], cancelled: threading.Event) -> Any:

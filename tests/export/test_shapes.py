@@ -1,0 +1,128 @@
+"""``--shapes``: what it accepts, what each engine makes of it, what is refused before anything is built."""
+
+from __future__ import annotations
+
+import pytest
+
+from cascade_export.graphs import dims_of
+from cascade_export.presets import _UNTRAINED_TINY, CONFIGS
+from cascade_export.shapes import DEFAULT_SHAPES, narrow, parse_shapes, profile
+from cascade_rt.bundle import ModelFacts
+from cascade_rt.errors import RequestError
+from cascade_rt.stages import AxisRange, EngineSpec, StageName, engines_of
+
+BIG = ModelFacts("cascade", "big", "somewhere", "some", 1024, 1024)
+TINY = ModelFacts("cascade-tiny", "tiny", "somewhere", "some", 256, 256)
+MULTIPLE = {"big": 8, "tiny": 8}
+
+
+def specs(size: str, *stages: StageName) -> list[EngineSpec]:
+    configs = CONFIGS["big"] if size == "big" else _UNTRAINED_TINY
+    return [e.resolve(dims_of(e.name, configs[e.model]), "fp16") for stage in stages for e in engines_of(stage)]
+
+
+def sizes(found: AxisRange) -> tuple[int, int, int]:
+    return found.min, found.opt, found.max
+
+
+def granularity(found: list[EngineSpec]) -> int:
+    return next((e.ranges["height"].multiple for e in found if e.name == "stage_b.step"), 1)
+
+
+def made(size: str, text: str, *stages: StageName) -> dict[str, EngineSpec]:
+    found = specs(size, *stages)
+    return narrow(found, parse_shapes(text), BIG if size == "big" else TINY, granularity(found))
+
+
+def test_default_is_tuned_for_the_bundles_own_pictures() -> None:
+    big = made("big", "default", "c", "b", "a")
+    assert sizes(big["stage_c.step"].ranges["height"]) == (12, 24, 36)
+    assert sizes(big["stage_b.step"].ranges["height"]) == (128, 256, 384)
+    assert sizes(big["stage_a.decode"].ranges["width"]) == (128, 256, 384)
+    assert sizes(big["stage_a.encode"].ranges["width"]) == (512, 1024, 1536)
+    assert all(sizes(e.ranges["batch"]) == (1, 2, 8) for e in big.values())
+    tiny = made("tiny", "default", "c", "b")
+    assert sizes(tiny["stage_c.step"].ranges["height"]) == (3, 6, 9)
+
+
+def test_square_builds_for_one_picture_size() -> None:
+    found = made("big", "square-1024,batch=2", "c", "b", "a")
+    assert sizes(found["stage_c.step"].ranges["width"]) == (24, 24, 24)
+    assert sizes(found["stage_b.step"].ranges["width"]) == (256, 256, 256)
+    assert sizes(found["stage_a.decode"].ranges["batch"]) == (2, 2, 2)
+
+
+def test_full_is_what_the_graph_takes() -> None:
+    found = made("big", "full", "b")
+    for spec in specs("big", "b"):
+        assert found[spec.name].ranges == spec.ranges
+
+
+@pytest.mark.parametrize("text", ["default", "full", "square-768", "stage_b.height=64:128:256"])
+@pytest.mark.parametrize("size", ["big", "tiny"])
+def test_the_grid_follows_the_latents(size: str, text: str) -> None:
+    found = made(size, text, "b")
+    step, context = found["stage_b.step"], found["stage_b.context"]
+    patch = 2
+    for axis in ("height", "width"):
+        for which in ("min", "opt", "max"):
+            latents = getattr(step.ranges[axis], which)
+            assert latents == patch * getattr(step.ranges[f"grid_{axis}"], which)
+            assert latents % step.ranges[axis].multiple == 0
+        assert sizes(context.ranges[f"grid_{axis}"]) == sizes(step.ranges[f"grid_{axis}"])
+
+
+def test_the_closest_name_wins() -> None:
+    found = made("big", "batch=1:1:4,stage_a.batch=1,stage_a.decode.batch=2", "c", "a")
+    assert sizes(found["stage_c.step"].ranges["batch"]) == (1, 1, 4)
+    assert sizes(found["stage_a.encode"].ranges["batch"]) == (1, 1, 1)
+    assert sizes(found["stage_a.decode"].ranges["batch"]) == (2, 2, 2)
+
+
+def test_a_profile_has_every_dynamic_input() -> None:
+    step = made("tiny", "square-256,batch=2:2:4", "c")["stage_c.step"]
+    found = profile(step)
+    assert found["latents"] == [[2, 16, 6, 6], [2, 16, 6, 6], [4, 16, 6, 6]]
+    assert set(found) == {t.name for t in step.inputs} - {"step"}
+    for low, opt, high in found.values():
+        assert all(a <= b <= c for a, b, c in zip(low, opt, high, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"--shapes '' is not accepted; it takes default, full"),
+        ("big", "--shapes 'big' is not accepted"),
+        ("batch=1:2", "--shapes 'batch=1:2' is not accepted"),
+        ("batch=a:b:c", "is not accepted; it takes"),
+        ("batch=4:2:8", "sizes must rise: MIN <= OPT <= MAX"),
+        ("batch=1:2:4,batch=1", "names batch twice"),
+        ("batch=1,square-1024", "--shapes 'square-1024' is not accepted"),
+        ("square-9", "pictures have 64 to 4096 pixels"),
+        ("height=10:20:30,", "--shapes '' is not accepted"),
+    ],
+)
+def test_bad_syntax(text: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        parse_shapes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch=1:2:64", r"--shapes batch=1:2:64 does not fit stage_b.context, which takes batch 1..32"),
+        ("stage_b.height=64:100:256", r"does not fit stage_b.context, which takes height 8..1024 in multiples of 8"),
+        ("batch=0:1:2", "batch=0:1:2 does not fit"),
+        ("depth=1:2:3", "names depth, which no engine of this export takes; axes: .*height"),
+        ("stage_c.batch=1:2:3", "names stage_c.batch, which no engine of this export takes"),
+        ("grid_height=4:8:16", "names grid_height, which no engine of this export takes"),
+        ("pixel_height=4:8:16", "names pixel_height"),
+    ],
+)
+def test_sizes_that_do_not_fit(text: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        made("tiny", text, "b")
+
+
+def test_the_default_is_the_default() -> None:
+    assert parse_shapes("default") == DEFAULT_SHAPES
