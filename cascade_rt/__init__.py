@@ -6,6 +6,10 @@ pipe = CascadePipeline.from_pretrained()
 pipe("a red circle", seed=0).images[0].save("out.png")
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     BundleError,
     BundleNotFoundError,
@@ -16,8 +20,10 @@ from .errors import (
     OutputError,
     RequestError,
 )
-from .outputs import CascadeOutput, PriorOutput
-from .pipeline import CascadePipeline
+
+if TYPE_CHECKING:
+    from .outputs import CascadeOutput, PriorOutput
+    from .pipeline import CascadePipeline
 
 __version__ = "0.1.0"
 
@@ -35,3 +41,16 @@ __all__ = [
     "RequestError",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the pipeline when it is first asked for: the commands can answer Ctrl-C before NumPy is there."""
+    if name == "CascadePipeline":
+        from .pipeline import CascadePipeline
+
+        return CascadePipeline
+    if name in ("CascadeOutput", "PriorOutput"):
+        from . import outputs
+
+        return getattr(outputs, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import importlib.resources
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,13 +89,17 @@ class ModelRecord:
 
     ``weights`` is None where the bundle holds only plans of it: a plan contains the weights.
     ``stream_scales``, of fp16 denoisers: by which powers of two the residual stream is kept divided in each level
-    (``down``, ``up``), and the largest values that decided it.
+    (``down``, ``up``), and the largest values that decided it. ``source``, ``licence`` and ``revision`` are those of
+    the checkpoint that this component came from: several calls may build one bundle from several.
     """
 
     config: Mapping[str, Any]
     weights: str | None
     prediction_type: PredictionType | None = None
     stream_scales: Mapping[str, Any] | None = None
+    source: str = ""
+    licence: str = ""
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -209,14 +213,36 @@ class Manifest:
                 document["files"],
                 TokenizerRecord(**tokenizer) if tokenizer else None,
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            made._validate(where)
+        except BundleError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BundleError(f"{where} is not a readable bundle manifest: {_reason(error)}") from error
-        made._validate(where)
         return made
 
     def _validate(self, where: str) -> None:
-        for name in self.files:
+        """Refuse what a damaged or hostile manifest may say.
+
+        Raises:
+            BundleError: with what is wrong.
+            TypeError: a value is of another kind than its field.
+        """
+        for name, file in self.files.items():
             _inside(name, where)
+            _require(isinstance(file["sha256"], str) and isinstance(file["bytes"], int), f"the record of {name}")
+        facts = self.model
+        _require(all(isinstance(x, str) for x in (facts.name, facts.size, facts.source, facts.licence)), "model")
+        for number in (facts.height, facts.width, facts.resolution_multiple, facts.latent_dim_scale, facts.compression):
+            _require(isinstance(number, int | float) and number > 0, "a size in model")
+        for preset in self.sampling.values():
+            for loop in (preset.prior, preset.decoder):
+                _require(all(isinstance(x, int | float) for x in astuple(loop)) and loop.shift > 0, "sampling")
+            _require(isinstance(preset.latent_scale, int | float), "latent_scale")
+        for model in self.models.values():
+            _require(isinstance(model.config, dict), "a model's config")
+        for record in self.records:
+            axes = {a for t in (*record.spec.inputs, *record.spec.outputs) for a in t.axes if isinstance(a, str)}
+            _require(axes <= record.spec.ranges.keys(), f"the ranges of {record.spec.name}")
         keys = [record.key for record in self.records]
         if len(set(keys)) < len(keys):
             name, runtime, _ = next(key for key in keys if keys.count(key) > 1)
@@ -231,6 +257,11 @@ class Manifest:
         for name, model in self.models.items():
             if model.prediction_type not in (None, *PREDICTION_TYPES):
                 raise BundleError(f"{where}: {name} has an unknown prediction type {model.prediction_type!r}")
+
+
+def _require(fine: bool, what: str) -> None:
+    if not fine:
+        raise TypeError(f"{what} is not as the format has it")
 
 
 def group(records: Iterable[EngineRecord]) -> dict[str, tuple[EngineRecord, ...]]:
@@ -307,7 +338,8 @@ class Bundle:
             text = manifest.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             raise BundleNotFoundError(
-                f"there is no bundle at {path} (no {MANIFEST}); make one with: cascade-export --out {path}"
+                f"there is no bundle at {path} (no {MANIFEST}); make one with: "
+                f"cascade-export --stage all --size tiny --out {path}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{manifest} cannot be read: {error}") from error
@@ -372,7 +404,8 @@ class Bundle:
     def command(self, name: str, runtime: str | None = None, sm: int | None = None) -> str:
         """The command that makes an engine of this bundle."""
         size = self.manifest.model.size
-        parts = [f"cascade-export --stage {ENGINES[name].stage}", f"--size {size}" if size != "custom" else ""]
+        origin = f"--size {size}" if size != "custom" else f"--checkpoint {self.manifest.model.source}"
+        parts = [f"cascade-export --stage {ENGINES[name].stage}", origin]
         if runtime not in (None, "onnx"):
             parts.append(f"--target {runtime}")
             if runtime == "tensorrt-rtx" and sm is not None:
@@ -388,12 +421,14 @@ class Bundle:
         record = self.manifest.tokenizer
         if record is None:
             raise BundleError(
-                f"the bundle {self.path} has no tokenizer; add it with: cascade-export --stage text --out {self.path}"
+                f"the bundle {self.path} has no tokenizer; add it with: {self.command('text_encoder')} --overwrite"
             )
         return PromptTokenizer(self.file(record.file), record)
 
     def _rebuild(self) -> str:
-        return f"build the bundle again with: cascade-export --overwrite --out {self.path}"
+        size, source = self.manifest.model.size, self.manifest.model.source
+        origin = f"--size {size}" if size != "custom" else f"--checkpoint {source}"
+        return f"build the bundle again with: cascade-export --stage all {origin} --overwrite --out {self.path}"
 
 
 def default_bundle_path() -> Path:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .backends import PROVIDERS
 from .bundle import MANIFEST, find_bundle
-from .commands import CommandParser, run_command
+from .commands import CommandParser
 from .errors import OutputError, RequestError
 from .image import save_png
 from .pipeline import CascadePipeline
@@ -74,8 +75,12 @@ def generate(args: argparse.Namespace) -> None:
     output: Path = args.output
     if output.suffix.lower() != ".png":
         raise RequestError(f"{output} is no PNG name; pictures are written as .png")
+    if output.is_dir():
+        raise RequestError(f"{output} is a folder; name a file in it")
     if not output.parent.is_dir():
         raise OutputError(f"the folder {output.parent} does not exist; make it with: mkdir -p {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise OutputError(f"the folder {output.parent} cannot be written to")
     seed = int(time.time_ns() % 2**32) if args.seed is None else args.seed
     started = time.perf_counter()
     with CascadePipeline.from_pretrained(args.bundle, args.provider, args.low_memory, args.threads) as pipe:
@@ -186,13 +191,3 @@ def _figures(verification: Mapping[str, Any] | None) -> tuple[str, str, str, str
     v = verification
     psnr = "" if v.get("psnr") is None else f"{v['psnr']:.1f} dB"
     return f"{v['rel_l2']:.1e}", f"{v['max_abs']:.1e}", f"{v['cosine']:.8f}", psnr
-
-
-def main_run(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cascade-run``; returns the exit code."""
-    return run_command(lambda: generate(run_parser().parse_args(argv)))
-
-
-def main_info(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cascade-info``; returns the exit code."""
-    return run_command(lambda: show(info_parser().parse_args(argv)))

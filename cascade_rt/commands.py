@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -49,9 +49,35 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, and no message would reach it
         return FAILED
+    except OSError as error:
+        return _fail(f"the system refused: {error.strerror or error}", FAILED)
     finally:
         signal.signal(signal.SIGTERM, before)
     return DONE
+
+
+def main_run(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``cascade-run``; returns the exit code."""
+
+    def command() -> None:
+        from . import cli  # inside, so that Ctrl-C is one line while NumPy is still loading
+
+        cli.generate(cli.run_parser().parse_args(argv))
+        sys.stdout.flush()
+
+    return run_command(command)
+
+
+def main_info(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``cascade-info``; returns the exit code."""
+
+    def command() -> None:
+        from . import cli
+
+        cli.show(cli.info_parser().parse_args(argv))
+        sys.stdout.flush()
+
+    return run_command(command)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -11,7 +11,7 @@ from .errors import EngineError, RequestError
 from .image import crop_center, resize_bilinear, to_pil
 from .noise import Noise, make_noise
 from .outputs import Array, CascadeOutput
-from .request import OUTPUT_TYPES, as_array, as_prompts, check_choice, check_count, check_scale, round_up
+from .request import OUTPUT_TYPES, as_array, check_batch, check_choice, check_count, check_scale, round_up
 from .runner import Callback, Embeddings, Prompt, Runner, host, or_default, with_negative
 from .sampling import SamplerName
 
@@ -57,7 +57,7 @@ class DecoderPipeline:
         runner = self._runner
         check_choice("output_type", output_type, OUTPUT_TYPES)
         context = {t.name: t for t in runner.spec("stage_b.context").inputs}
-        if isinstance(image_embeddings, list):
+        if isinstance(image_embeddings, list) and image_embeddings:
             image_embeddings = np.concatenate(image_embeddings)
         channels = int(context["effnet"].axes[1])
         image_embeddings = as_array("image_embeddings", image_embeddings, (None, channels, None, None))
@@ -66,14 +66,13 @@ class DecoderPipeline:
         if prompt is None and prompt_embeds is None and prompt_embeds_pooled is None:
             prompt = ""
         embeddings = (prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds, negative_prompt_embeds_pooled)
-        if prompt is not None:
-            prompts = len(as_prompts("prompt", prompt))
-        else:
-            prompts = len(as_array("prompt_embeds_pooled", prompt_embeds_pooled, (None, 1, None)))
+        prompts = runner.count_prompts(prompt, embeddings)
         count = check_count("num_images_per_prompt", num_images_per_prompt)
         if len(image_embeddings) % prompts:
             raise RequestError(f"{len(image_embeddings)} image embeddings cannot be shared out to {prompts} prompts")
         each = count * (len(image_embeddings) // prompts)
+        rows = runner.bundle.engine("stage_b.step").spec.ranges["batch"].max
+        check_batch(len(image_embeddings) * count, scale > 1, rows)
         source = make_noise(noise, seed)
         texts = runner.texts(prompt, negative_prompt, embeddings, each, scale > 1)
         return self.run(

@@ -41,7 +41,7 @@ def make_noise(kind: str, seed: int | None) -> Noise:
         seed = int(np.random.SeedSequence().generate_state(1)[0])
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= int(seed) <= MAX_SEED:
         raise RequestError(f"seed {seed!r} is not accepted; it must be an integer from 0 to 2**64 - 1")
-    if kind not in NOISE_KINDS:
+    if not isinstance(kind, str) or kind not in NOISE_KINDS:
         raise RequestError(f"noise {kind!r} is not known; accepted: {', '.join(NOISE_KINDS)}")
     return NOISE_KINDS[kind](int(seed))
 

@@ -10,7 +10,7 @@ import numpy as np
 from .errors import RequestError
 from .noise import Noise, make_noise
 from .outputs import PriorOutput
-from .request import Sizes, as_array, check_count, check_scale, plan_sizes
+from .request import Sizes, as_array, check_batch, check_count, check_scale, plan_sizes
 from .runner import Callback, Embeddings, GivenEmbeddings, Prompt, Runner, or_default, with_negative
 from .sampling import SamplerName
 
@@ -95,11 +95,14 @@ class PriorPipeline:
         preset = runner.preset(sampler)
         decoders = runner.bundle.manifest.engines.get("stage_b.step")
         grid = decoders[0].spec.ranges["height"].multiple if decoders else 1
+        grids = (step_spec.ranges["height"].multiple, grid)
         height, width = (or_default(s, d) for s, d in zip(size, (facts.height, facts.width), strict=True))
-        sizes = plan_sizes(facts, grid, runner.sampler_name(sampler), height, width)
+        sizes = plan_sizes(facts, grids, runner.sampler_name(sampler), height, width)
         scale = check_scale(scale_name, or_default(scale, preset.prior.guidance_scale))
         schedule = runner.schedule("stage_c", sampler, preset.prior, steps)
         count = check_count("num_images_per_prompt", images)
+        prompts = runner.count_prompts(prompt, embeddings)
+        check_batch(prompts * count, scale > 1, step_spec.ranges["batch"].max)
         started = time.perf_counter()
         texts = runner.texts(prompt, negative_prompt, embeddings, count, scale > 1 or negative_needed)
         timings = {"text_encoder": time.perf_counter() - started}

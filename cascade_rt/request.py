@@ -18,6 +18,7 @@ Array = NDArray[np.float32]
 
 MIN_PIXELS = 64
 MAX_PIXELS = 4096
+MAX_GUIDANCE = 1000
 OUTPUT_TYPES = ("pil", "np", "latent")
 
 
@@ -47,16 +48,17 @@ def check_pixels(name: str, size: Any) -> int:
     return int(size)
 
 
-def plan_sizes(facts: ModelFacts, granularity: int, sampler: SamplerName, height: Any, width: Any) -> Sizes:
+def plan_sizes(facts: ModelFacts, grids: tuple[int, int], sampler: SamplerName, height: Any, width: Any) -> Sizes:
     """Sizes of all stages for a requested picture.
 
-    Stage B's latents must divide evenly through its levels. ``diffusers`` takes their size from Stage C's latents,
-    which fails for many requests; where it works, the ``diffusers`` sampler does the same. Otherwise the size comes
-    from the pixels, as in the authors' code, rounded up, and the picture is cropped.
+    Stage C's latents are the request over ``resolution_multiple``, rounded up, as in both sources. Stage B's must
+    divide evenly through its levels. diffusers takes their size from Stage C's and lets levels of odd size be
+    resampled, where it does not fail; the ``diffusers`` sampler here follows it where they divide evenly. Otherwise
+    the size comes from the pixels, as in the authors' code, rounded up, and the picture is cropped.
 
     Args:
         facts: compressions of the cascade.
-        granularity: what height and width of Stage B's latents must be multiples of.
+        grids: what height and width of Stage C's and of Stage B's latents must be multiples of.
         sampler: whose sizes to follow.
         height: requested pixels.
         width: requested pixels.
@@ -65,21 +67,21 @@ def plan_sizes(facts: ModelFacts, granularity: int, sampler: SamplerName, height
         RequestError: a size that is not accepted.
     """
     axes = [
-        _plan_axis(facts, granularity, sampler, check_pixels(name, size))
+        _plan_axis(facts, grids, sampler, check_pixels(name, size))
         for name, size in (("height", height), ("width", width))
     ]
     prior, decoder, picture = ((axes[0][i], axes[1][i]) for i in range(3))
     return Sizes(prior, decoder, picture)
 
 
-def _plan_axis(facts: ModelFacts, granularity: int, sampler: SamplerName, pixels: int) -> tuple[int, int, int]:
-    prior = math.ceil(pixels / facts.resolution_multiple)
+def _plan_axis(facts: ModelFacts, grids: tuple[int, int], sampler: SamplerName, pixels: int) -> tuple[int, int, int]:
+    prior = round_up(math.ceil(pixels / facts.resolution_multiple), grids[0])
     decoder = int(prior * facts.latent_dim_scale)
     agree = abs(facts.latent_dim_scale * facts.compression / facts.resolution_multiple - 1) < 0.02
-    if agree and (sampler != "diffusers" or decoder % granularity):
-        decoder = round_up(math.ceil(pixels / facts.compression), granularity)
-        prior = math.ceil(decoder * facts.compression / facts.resolution_multiple)
-    decoder = round_up(decoder, granularity)
+    if not agree:  # a decoder with a scale of its own: what it makes of the prior's latents is the picture
+        return prior, round_up(decoder, grids[1]), decoder * facts.compression
+    if sampler != "diffusers" or decoder % grids[1]:
+        decoder = round_up(math.ceil(pixels / facts.compression), grids[1])
     return prior, decoder, min(pixels, decoder * facts.compression)
 
 
@@ -95,8 +97,11 @@ def as_prompts(name: str, prompt: Any) -> list[str]:
         RequestError: neither a string nor a non-empty list of strings.
     """
     if isinstance(prompt, str):
-        return [prompt]
+        prompt = [prompt]
     if isinstance(prompt, Sequence) and prompt and all(isinstance(p, str) for p in prompt):
+        for text in prompt:
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise RequestError(f"{name} {text!r} is no Unicode text (it has bytes that are not UTF-8)")
         return list(prompt)
     if isinstance(prompt, Sequence) and prompt:
         odd = next(p for p in prompt if not isinstance(p, str))
@@ -110,8 +115,12 @@ def check_scale(name: str, scale: Any) -> float:
     Raises:
         RequestError: no finite number.
     """
-    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
-        raise RequestError(f"{name} {scale!r} is not accepted; it must be a finite number (up to 1 means no guidance)")
+    number = isinstance(scale, int | float | np.number) and not isinstance(scale, bool)
+    if not number or not math.isfinite(scale) or abs(scale) > MAX_GUIDANCE:
+        raise RequestError(
+            f"{name} {scale!r} is not accepted; it must be a finite number up to {MAX_GUIDANCE} "
+            "(up to 1 means no guidance)"
+        )
     return float(scale)
 
 
@@ -126,13 +135,25 @@ def check_count(name: str, count: Any) -> int:
     return int(count)
 
 
-def check_choice(name: str, value: str, accepted: Sequence[str]) -> str:
+def check_batch(pictures: int, guided: bool, most: int) -> None:
+    """Whether engines take so many pictures at once.
+
+    Raises:
+        RequestError: they do not.
+    """
+    rows = pictures * (2 if guided else 1)
+    if rows > most:
+        twice = f", {rows} rows with guidance," if guided else ""
+        raise RequestError(f"{pictures} pictures at once{twice} are not accepted; these engines take up to {most} rows")
+
+
+def check_choice(name: str, value: Any, accepted: Sequence[str]) -> str:
     """One of several words.
 
     Raises:
         RequestError: another word.
     """
-    if value not in accepted:
+    if not isinstance(value, str) or value not in accepted:
         raise RequestError(f"{name} {value!r} is not known; accepted: {', '.join(accepted)}")
     return value
 

@@ -15,7 +15,7 @@ from .backends import DeviceTensor, Engine, Value, find_record, open_engine, res
 from .bundle import Bundle, LoopDefaults, SamplerPreset
 from .errors import BundleError, CascadeError, EngineError, RequestError
 from .noise import Noise
-from .request import as_array, as_prompts, check_choice
+from .request import as_array, as_prompts, check_choice, check_count
 from .sampling import (
     SAMPLERS,
     SamplerName,
@@ -59,6 +59,8 @@ class Runner:
 
     def __init__(self, bundle: Bundle, provider: str, low_memory: bool, threads: int | None) -> None:
         """Prepare to run a bundle; engines are loaded when they are first needed. See `CascadePipeline`."""
+        if threads is not None:
+            check_count("threads", threads)
         self.bundle = bundle
         self.provider = resolve_provider(provider)
         self.bar: dict[str, Any] = {"disable": None}  # None: a bar on a terminal, nothing when piped
@@ -145,6 +147,21 @@ class Runner:
         rows = [unique.index(text) for text in texts]
         return host(out, "hidden_states")[rows], host(out, "pooled")[rows]
 
+    def count_prompts(self, prompt: Prompt | None, given: GivenEmbeddings) -> int:
+        """How many prompts a caller gives, as text or as embeddings.
+
+        Raises:
+            RequestError: neither or both, or embeddings without the pooled ones.
+        """
+        embeds, pooled, _, _ = given
+        if (prompt is None) == (embeds is None and pooled is None):
+            raise RequestError("give either prompt or prompt_embeds with prompt_embeds_pooled, and not both")
+        if prompt is not None:
+            return len(as_prompts("prompt", prompt))
+        if pooled is None:
+            raise RequestError("prompt_embeds is given without prompt_embeds_pooled; they go together")
+        return len(as_array("prompt_embeds_pooled", pooled, (None, 1, None)))
+
     def texts(
         self,
         prompt: Prompt | None,
@@ -155,21 +172,15 @@ class Runner:
     ) -> Embeddings:
         """Embeddings for ``images`` pictures of every prompt."""
         embeds, pooled, negative, negative_pooled = given
-        if (prompt is None) == (embeds is None and pooled is None):
-            raise RequestError("give either prompt or prompt_embeds with prompt_embeds_pooled, and not both")
+        count = self.count_prompts(prompt, given)
         if negative_prompt is not None and negative is not None:
             raise RequestError("give either negative_prompt or negative_prompt_embeds, and not both")
-        if (embeds is not None and pooled is None) or ((negative is None) != (negative_pooled is None)):
-            raise RequestError("prompt_embeds and prompt_embeds_pooled go together, and so do the negative ones")
-        if prompt is not None:
-            prompts = as_prompts("prompt", prompt)
-            count = len(prompts)
-        else:
-            pooled = as_array("prompt_embeds_pooled", pooled, (None, 1, None))
-            count = len(pooled)
-            if embeds is not None:
-                embeds = as_array("prompt_embeds", embeds, (count, None, None))
-            prompts = []
+        if (negative is None) != (negative_pooled is None):
+            raise RequestError("negative_prompt_embeds and negative_prompt_embeds_pooled go together")
+        prompts = [] if prompt is None else as_prompts("prompt", prompt)
+        if not prompts:
+            pooled = as_array("prompt_embeds_pooled", pooled, (count, 1, None))
+            embeds = None if embeds is None else as_array("prompt_embeds", embeds, (count, None, None))
         unwanted: list[str] = []
         if guided and negative is None:
             unwanted = [""] if negative_prompt is None else as_prompts("negative_prompt", negative_prompt)
@@ -242,8 +253,14 @@ class Runner:
                 result = x0 if schedule.returns_x0 else latents
                 if callback is not None:
                     changed = callback(owner, step, float(schedule.ratios[step]), {"latents": latents})
-                    if changed and changed.get("latents") is not latents and "latents" in changed:
-                        latents = result = as_array("the callback's latents", changed["latents"], latents.shape)
+                    if changed is not None and not isinstance(changed, Mapping):
+                        raise RequestError(
+                            f"a callback returned {type(changed).__name__}; it may return a dict or None"
+                        )
+                    if changed and "latents" in changed:
+                        latents = as_array("the callback's latents", changed["latents"], latents.shape)
+                        # what goes on changes; an x0 that has been predicted stays what it was
+                        result = x0 if schedule.returns_x0 else latents
         return result
 
 

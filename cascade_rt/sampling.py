@@ -98,7 +98,7 @@ def _original(steps: int, prediction_type: PredictionType, shift: float, s: floa
 
 
 def _diffusers(steps: int, prediction_type: PredictionType, scaler: float, s: float) -> Schedule:
-    ratios = np.linspace(1.0, 0.0, steps + 1)
+    ratios = _torch_linspace(steps + 1)
     warped = ratios
     if scaler > 1:
         warped = 1 - (1 - ratios) ** scaler
@@ -106,6 +106,18 @@ def _diffusers(steps: int, prediction_type: PredictionType, scaler: float, s: fl
         warped = ratios**scaler
     noise = (ratios[1:] != 0).astype(np.float64)
     return _schedule(ratios[:-1], _cosine_alpha_bar(warped, s), noise, prediction_type, returns_x0=False)
+
+
+def _torch_linspace(count: int) -> Float64:
+    """``torch.linspace(1, 0, count)``: float32 values, counted from both ends towards the middle.
+
+    The network sees these ratios times 10,000, so that one unit in the last place is one in the embedding's third.
+    """
+    index = np.arange(count, dtype=np.float32)
+    step = np.float32(-1) / np.float32(count - 1)
+    from_start = np.float32(1) + index * step
+    from_end = -(np.float32(count - 1) - index) * step
+    return np.where(index < count // 2, from_start, from_end).astype(np.float64)
 
 
 def _cosine_alpha_bar(t: Float64, s: float) -> Float64:

@@ -51,6 +51,15 @@ class TokenizerSource:
 
 
 @dataclass(frozen=True)
+class ScheduleFacts:
+    """A stage's scheduler config: diffusers' ``DDPMWuerstchenScheduler``, and ours: what the network predicts."""
+
+    scaler: float = 1.0
+    s: float = 0.008
+    prediction_type: PredictionType = "epsilon"
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a checkpoint says of the cascade as a whole; None where it says nothing."""
 
@@ -63,8 +72,8 @@ class Facts:
     width: int | None = None
     resolution_multiple: float = 42.67
     latent_dim_scale: float = 10.67
-    scaler: float = 1.0
-    s: float = 0.008
+    prior_schedule: ScheduleFacts = ScheduleFacts()
+    decoder_schedule: ScheduleFacts = ScheduleFacts()
     default_sampler: SamplerName | None = None
     sampling: Mapping[str, SamplerPreset] | None = None
 

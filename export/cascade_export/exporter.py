@@ -34,7 +34,7 @@ from cascade_rt.text import TokenizerRecord
 
 from . import presets
 from .checkpoints import BundleCheckpoint
-from .components import Checkpoint
+from .components import Checkpoint, Facts
 from .graphs import dims_of
 from .loading import load_fp32, plain_json, weights_of
 from .models import StageAConfig, StreamScales
@@ -68,10 +68,11 @@ def export(checkpoint: Checkpoint, request: ExportRequest, report: Report = lamb
         ExportError: what came out differs from PyTorch.
         OutputError: the bundle cannot be written.
     """
+    request = _present(checkpoint, request, report)
     old = _existing(request)
     for target in request.plans:
         check_precision(target, request.precision)
-    with Staging(request.out, old) as staging:
+    with Staging(request.out, old, request.stages) as staging:
         builder = _Builder(checkpoint, request, staging.path, old, report)
         for stage in request.stages:
             builder.add(stage)
@@ -79,6 +80,17 @@ def export(checkpoint: Checkpoint, request: ExportRequest, report: Report = lamb
         builder.finish()
         staging.commit()
     return Bundle(request.out)
+
+
+def _present(checkpoint: Checkpoint, request: ExportRequest, report: Report) -> ExportRequest:
+    """The request without stages that the checkpoint does not have, where it asks for everything."""
+    if not request.skip_absent:
+        return request
+    there = tuple(s for s in request.stages if checkpoint.component(engines_of(s)[0].model) is not None)
+    for stage in request.stages:
+        if stage not in there:
+            report(f"{stage}: not in this checkpoint, left out")
+    return replace(request, stages=there)
 
 
 def _existing(request: ExportRequest) -> Manifest | None:
@@ -139,15 +151,14 @@ class _Builder:
             return
         component = self._checkpoint.component(name)
         if component is None:
-            if self._request.skip_absent:
-                self._report(f"{stage}: not in this checkpoint, left out")
-                return
             raise RequestError(
                 f"the checkpoint {self._checkpoint.facts.source} has no {name}; --stage {stage} needs one that has it"
             )
         precision = self._request.precision
         config = plain_json(component.config)
-        specs = [s.resolve(dims_of(s.name, config), precision) for s in engines_of(stage)]
+        if stage == "text" and not self._add_tokenizer():
+            return
+        specs = [s.resolve(self._dims(s.name, config), precision) for s in engines_of(stage)]
         source = weights_of(name, config, component)
         started = time.perf_counter()
         scales, scanned = None, None
@@ -164,8 +175,10 @@ class _Builder:
         with _bar(size, f"write {file}", self._request.quiet, unit="B", unit_scale=True) as bar:
             places = write_safetensors(made.folder / file, used, source, dtype, bar.update)
         made.add_file(file)
-        prediction = component.prediction_type if stage in ("b", "c") else None
-        made.models[name] = ModelRecord(config, file, prediction, scanned)
+        facts, prediction = self._checkpoint.facts, component.prediction_type if stage in ("b", "c") else None
+        made.models[name] = ModelRecord(
+            config, file, prediction, scanned, facts.source, _licence(facts), facts.revision
+        )
         for spec in specs:
             graph = f"{spec.name}.onnx"
             made.remove(graph)
@@ -173,8 +186,6 @@ class _Builder:
             made.add_file(graph)
             record = EngineRecord(spec, graph, "onnx", precision, (file,), OPSET[precision], _tools())
             made.engines[record.key] = record
-        if stage == "text":
-            self._add_tokenizer()
         written = time.perf_counter()
         self._done.add(stage)
         line = f"{stage}: traced in {traced - started:.1f} s"
@@ -224,7 +235,7 @@ class _Builder:
             self._write_manifest(self._graphs)
             return open_engine(Bundle(self._graphs.folder), spec.name, provider)
         record = self._graphs.engines[(spec.name, "onnx", ())]
-        wide = ENGINES[spec.name].resolve(dims_of(spec.name, config), "fp32")
+        wide = ENGINES[spec.name].resolve(self._dims(spec.name, config), "fp32")
         twin = self._graphs.folder / f".{spec.name}.twin.onnx"
         write_fp32_twin(self._graphs.folder / record.file, twin)
         try:
@@ -232,8 +243,21 @@ class _Builder:
         finally:
             twin.unlink()
 
-    def _add_tokenizer(self) -> None:
+    def _dims(self, engine: str, config: dict[str, Any]) -> dict[str, int]:
+        """`dims_of`; a prompt has the tokenizer's length, which may be less than the positions of the encoder."""
+        length = {"max_length": self._tokenizer.max_length} if engine == "text_encoder" and self._tokenizer else {}
+        return dims_of(engine, config) | length
+
+    def _add_tokenizer(self) -> bool:
+        """Copy the tokenizer; False where there is none and everything was asked for.
+
+        Raises:
+            RequestError: there is none, and the text stage was named.
+        """
         tokenizer = self._checkpoint.tokenizer()
+        if tokenizer is None and self._request.skip_absent:
+            self._report("text: this checkpoint has a text encoder but no tokenizer, left out")
+            return False
         if tokenizer is None:
             raise RequestError(
                 f"the checkpoint {self._checkpoint.facts.source} has a text encoder but no tokenizer; "
@@ -243,6 +267,7 @@ class _Builder:
         (self._bundle.folder / TOKENIZER_FILE).write_text(tokenizer.text, encoding="utf-8")
         self._bundle.add_file(TOKENIZER_FILE)
         self._tokenizer = TokenizerRecord(TOKENIZER_FILE, tokenizer.max_length, tokenizer.pad_id)
+        return True
 
     def _reuse(self, stage: StageName) -> bool:
         """Whether the bundle's own graphs of a stage are what its plans shall be built from."""
@@ -284,13 +309,13 @@ class _Builder:
         stage_a = self._graphs.models.get("stage_a") or self._bundle.models.get("stage_a")
         facts = self._checkpoint.facts
         scale = StageAConfig.from_dict(dict(stage_a.config)).scale_factor if stage_a else presets.DIFFUSERS_LATENT_SCALE
-        sampling = facts.sampling or presets.default_sampling(scale, facts.scaler, facts.s)
+        sampling = facts.sampling or presets.default_sampling(scale, facts.prior_schedule, facts.decoder_schedule)
         side = 256 if facts.size == "tiny" else 1024
         model = ModelFacts(
             name=facts.name or facts.source,
             size=facts.size or "custom",
             source=facts.source,
-            licence=facts.licence or "that of the checkpoint, which does not say",
+            licence=_licence(facts),
             height=facts.height or side,
             width=facts.width or side,
             revision=facts.revision,
@@ -306,6 +331,8 @@ class _Builder:
                 kept = replace(kept, latent_dim_scale=model.latent_dim_scale)
             model = kept
             sampling = {name: self._merge(self._old.sampling[name], preset) for name, preset in sampling.items()}
+        models = {**self._bundle.models, **self._graphs.models}.values()
+        model = replace(model, licence="; ".join(dict.fromkeys(m.licence for m in models)) or model.licence)
         if stage_a:
             model = replace(model, compression=StageAConfig.from_dict(dict(stage_a.config)).compression)
         return model, sampling
@@ -324,6 +351,10 @@ class _Builder:
             new.decoder if "b" in self._done else old.decoder,
             new.latent_scale if "a" in self._done else old.latent_scale,
         )
+
+
+def _licence(facts: Facts) -> str:
+    return facts.licence or "that of the checkpoint, which does not say"
 
 
 def bf16_provider() -> str | None:

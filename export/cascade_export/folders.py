@@ -14,7 +14,7 @@ from cascade_rt.sampling import PREDICTION_TYPES
 from cascade_rt.stages import Size
 
 from . import presets
-from .components import PICKLES, Component, Facts, TokenizerSource
+from .components import PICKLES, Component, Facts, ScheduleFacts, TokenizerSource
 from .originals import split_single_file
 from .weights import SafetensorsSource
 
@@ -39,7 +39,6 @@ ROOT_FILES = {
 }
 CLASS_NAMES = {"PaellaVQModel": "stage_a", "SemanticEncoder": "effnet", "Previewer": "previewer"}
 TOKENIZER_FOLDERS = ("tokenizer", "prior_tokenizer")
-SCHEDULER_FOLDERS = ("scheduler", "prior_scheduler")
 
 
 @dataclass
@@ -51,7 +50,7 @@ class FolderCheckpoint:
     source: str | None = None
     licence: str | None = None
     revision: str | None = None
-    _scheduler: dict[str, Any] = field(default_factory=dict, init=False)
+    _schedules: dict[str, ScheduleFacts] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Read what the folder says of itself.
@@ -60,8 +59,12 @@ class FolderCheckpoint:
             CheckpointError: there is nothing in it that is a part of a cascade.
         """
         self._index = _read_json(self.path / "model_index.json") or {}
-        for folder in SCHEDULER_FOLDERS:
-            self._scheduler |= _read_json(self.path / folder / "scheduler_config.json") or {}
+        decoder = _read_schedule(self.path / "scheduler")
+        self._schedules = {
+            "stage_b": decoder or ScheduleFacts(),
+            # a combined pipeline keeps the prior's beside the decoder's
+            "stage_c": _read_schedule(self.path / "prior_scheduler") or decoder or ScheduleFacts(),
+        }
         self._refuse_two_text_encoders()
         if not any(self._find(name) for name in FOLDERS):
             pickles = [p.name for p in sorted(self.path.rglob("*")) if p.suffix in PICKLES]
@@ -83,8 +86,8 @@ class FolderCheckpoint:
             width=ours.get("width"),
             resolution_multiple=self._index.get("resolution_multiple", 42.67),
             latent_dim_scale=self._index.get("latent_dim_scale", 10.67),
-            scaler=self._scheduler.get("scaler", 1.0),
-            s=self._scheduler.get("s", 0.008),
+            prior_schedule=self._schedules["stage_c"],
+            decoder_schedule=self._schedules["stage_b"],
             default_sampler=ours.get("sampling", {}).get("sampler"),
             sampling=_sampling(ours["sampling"], self._stage_a_scale()) if "sampling" in ours else None,
         )
@@ -100,11 +103,7 @@ class FolderCheckpoint:
         config = _read_json(place / "config.json")
         if config is None:
             raise CheckpointError(f"{place} has no config.json; it says what architecture the weights are")
-        prediction = self._scheduler.get("prediction_type", "epsilon")
-        if prediction not in PREDICTION_TYPES:
-            raise CheckpointError(
-                f"the scheduler config has prediction_type {prediction!r}; known are {', '.join(PREDICTION_TYPES)}"
-            )
+        prediction = self._schedules.get(name, ScheduleFacts()).prediction_type
         return Component(config, SafetensorsSource(_weight_files(place)), prediction)
 
     def tokenizer(self) -> TokenizerSource | None:
@@ -152,6 +151,27 @@ class FolderCheckpoint:
             )
 
 
+def _read_schedule(folder: Path) -> ScheduleFacts | None:
+    """A scheduler folder, None if there is none.
+
+    Raises:
+        CheckpointError: a scheduler of another class, or values that are none.
+    """
+    config = _read_json(folder / "scheduler_config.json")
+    if config is None:
+        return None
+    kind = config.get("_class_name", "DDPMWuerstchenScheduler")
+    if kind != "DDPMWuerstchenScheduler":
+        raise CheckpointError(f"{folder} is a {kind}; Stable Cascade is sampled with a DDPMWuerstchenScheduler")
+    scaler, s = config.get("scaler", 1.0), config.get("s", 0.008)
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 100 for x in (scaler, s)):
+        raise CheckpointError(f"{folder} has scaler {scaler!r} and s {s!r}; positive numbers are needed")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTION_TYPES:
+        raise CheckpointError(f"{folder} has prediction_type {prediction!r}; known are {', '.join(PREDICTION_TYPES)}")
+    return ScheduleFacts(float(scaler), float(s), prediction)
+
+
 def _component_of(config: Mapping[str, Any]) -> str | None:
     """Which component a bare model folder is, from its config."""
     name = config.get("_class_name")
@@ -175,7 +195,7 @@ def _weight_files(folder: Path) -> list[Path]:
         for variant in ("", ".fp32", ".bf16", ".fp16"):
             index = _read_json(folder / f"{stem}.safetensors.index{variant}.json")
             if index is not None:
-                return [folder / name for name in sorted(set(index["weight_map"].values()))]
+                return _shards(folder, index)
             if (path := folder / f"{stem}{variant}.safetensors").exists():
                 return [path]
     others = sorted(folder.glob("*.safetensors"))
@@ -188,6 +208,24 @@ def _weight_files(folder: Path) -> list[Path]:
             "Save it again with save_pretrained(safe_serialization=True)"
         )
     raise CheckpointError(f"{folder} has no weights (diffusion_pytorch_model.safetensors or model.safetensors)")
+
+
+def _shards(folder: Path, index: Mapping[str, Any]) -> list[Path]:
+    """The files that a shard index names.
+
+    Raises:
+        CheckpointError: it names none, or one that lies elsewhere.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"the shard index in {folder} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise CheckpointError(
+                f"the shard index in {folder} names {name!r}, which is no .safetensors file beside it"
+            )
+    return [folder / name for name in names]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ from .components import Component
 from .models import build_model
 from .weights import RandomSource, TensorSource, check_architecture
 
+_NO_ARCHITECTURE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "_diffusers_version")
+
 
 def weights_of(name: str, config: dict[str, Any], component: Component) -> TensorSource:
     """The component's tensors, checked against the architecture that its config describes."""
@@ -34,11 +36,14 @@ def load_fp32(name: str, config: dict[str, Any], source: TensorSource) -> nn.Mod
 
 
 def plain_json(value: Any) -> Any:
-    """Config values as JSON has them; transformers adds keys that are no part of an architecture."""
+    """Config values as JSON has them, without keys that are no part of an architecture.
+
+    transformers notes the dtype in which weights were saved; which dtype a graph has is the export's to say.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, Mapping):
-        return {k: plain_json(v) for k, v in value.items() if not str(k).startswith("_name_or_path")}
+        return {k: plain_json(v) for k, v in value.items() if k not in _NO_ARCHITECTURE}
     if isinstance(value, list | tuple):
         return [plain_json(v) for v in value]
     return value

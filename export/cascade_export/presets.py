@@ -9,6 +9,7 @@ from cascade_rt.bundle import LoopDefaults, SamplerPreset, find_bundle
 from cascade_rt.errors import BundleNotFoundError
 from cascade_rt.stages import Size
 
+from .components import ScheduleFacts
 from .models import DenoiserConfig, EffNetConfig, StageAConfig
 from .models.denoiser import BLOCK_TYPES
 
@@ -17,6 +18,7 @@ DECODER_REPO = "stabilityai/stable-cascade"
 OFFICIAL_LICENCE = "Stability AI non-commercial research community licence"
 AUTHORS_LATENT_SCALE = 0.43
 DIFFUSERS_LATENT_SCALE = 0.3764
+PLAIN_SCHEDULE = ScheduleFacts()
 
 _CONV_BLOCKS = BLOCK_TYPES[:2]
 _PRIOR = DenoiserConfig(clip_text_in_channels=1280, clip_image_in_channels=768, switch_level=(False,))
@@ -156,14 +158,16 @@ def config_of(size: Size, component: str) -> dict[str, Any] | None:
     return dict(models[component].config) if component in models else None
 
 
-def default_sampling(latent_scale: float, scaler: float = 1.0, s: float = 0.008) -> dict[str, SamplerPreset]:
+def default_sampling(
+    latent_scale: float, prior: ScheduleFacts = PLAIN_SCHEDULE, decoder: ScheduleFacts = PLAIN_SCHEDULE
+) -> dict[str, SamplerPreset]:
     """The authors' and diffusers' settings.
 
     Args:
         latent_scale: of the Stage A config. The authors decode with 0.43 where diffusers' config says 0.3764; a
             checkpoint with another value was trained with it, and both samplers use it.
-        scaler: of the diffusers scheduler config.
-        s: of the diffusers scheduler config.
+        prior: Stage C's scheduler, which only the diffusers sampler follows.
+        decoder: Stage B's.
     """
     authors = AUTHORS_LATENT_SCALE if latent_scale == DIFFUSERS_LATENT_SCALE else latent_scale
     return {
@@ -171,6 +175,8 @@ def default_sampling(latent_scale: float, scaler: float = 1.0, s: float = 0.008)
             LoopDefaults(20, 4.0, guidance_rescale=0.7, shift=2.0), LoopDefaults(10, 1.1, guidance_rescale=0.7), authors
         ),
         "diffusers": SamplerPreset(
-            LoopDefaults(20, 4.0, scaler=scaler, s=s), LoopDefaults(10, 0.0, scaler=scaler, s=s), latent_scale
+            LoopDefaults(20, 4.0, scaler=prior.scaler, s=prior.s),
+            LoopDefaults(10, 0.0, scaler=decoder.scaler, s=decoder.s),
+            latent_scale,
         ),
     }

@@ -188,7 +188,7 @@ def _sizes(spec: EngineSpec, pixels: int, facts: ModelFacts, granularity: int) -
     """An engine's size for a picture's side, as each sampler plans it."""
     if spec.name == "stage_a.encode":
         return [pixels] * len(SAMPLERS)
-    plans = [plan_sizes(facts, granularity, sampler, pixels, pixels) for sampler in SAMPLERS]
+    plans = [plan_sizes(facts, (1, granularity), sampler, pixels, pixels) for sampler in SAMPLERS]
     if spec.model in ("stage_b", "stage_a"):
         return [plan.decoder[0] for plan in plans]
     stride = EFFNET_STRIDE if spec.model == "effnet" else 1

@@ -47,7 +47,7 @@ def test_a_flipped_byte_is_found(copy: Path, name: str) -> None:
     (copy / name).write_bytes(data)
     with (
         CascadePipeline.from_pretrained(copy, provider="cpu") as pipe,
-        pytest.raises(BundleError, match=f"{name}.* damaged.*cascade-export --overwrite"),
+        pytest.raises(BundleError, match=f"{name}.* damaged.*cascade-export --stage all .*--overwrite"),
     ):
         pipe("x", seed=0, prior_num_inference_steps=1, num_inference_steps=1)
 
@@ -123,7 +123,7 @@ def test_broken_json_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_no_bundle_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(BundleNotFoundError, match="cascade-export --out"):
+    with pytest.raises(BundleNotFoundError, match="cascade-export --stage all --size tiny --out"):
         CascadePipeline.from_pretrained(tmp_path / "none")
 
 

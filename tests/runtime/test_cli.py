@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import cascade_rt
-from cascade_rt.cli import main_info, main_run
+from cascade_rt.commands import main_info, main_run
 
 QUICK = ["--steps", "1", "--decoder-steps", "1"]
 
@@ -58,6 +58,8 @@ def test_several_pictures_are_numbered(shipped: Path, tmp_path: Path, capsys: py
         (["--provider", "gpu"], 2, "accepted: auto, cpu"),
         (["--bundle", "/no/such/place"], 2, "there is no bundle"),
         (["-o", "x.jpg"], 2, "no PNG name"),
+        (["--threads", "-3"], 2, "threads -3 is not accepted"),
+        (["--images", "1000"], 2, "1000 pictures at once"),
         (["-o", "/no/such/folder/x.png"], 1, "does not exist"),
     ],
 )
@@ -101,3 +103,42 @@ def test_the_version_is_one_number() -> None:
     from importlib.metadata import version
 
     assert version("cascade-rt") == cascade_rt.__version__
+
+
+def test_what_errors_tell_to_type_is_accepted(shipped: Path, tmp_path: Path) -> None:
+    """Every suggested command parses, as far as its flags go."""
+    import importlib.util
+    import re
+
+    from cascade_rt.bundle import Bundle
+
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("cascade-export is not installed here")
+    from cascade_export.cli import parse_args
+
+    bundle = Bundle(shipped)
+    assert main_info([str(tmp_path)]) == 2
+    texts = [bundle._rebuild(), bundle.command("stage_c.step"), bundle.command("stage_b.step", "tensorrt-rtx", 89)]
+    for text in texts:
+        found = re.search(r"cascade-export (.*)", text)
+        assert found is not None
+        assert parse_args(found[1].split()).stage
+
+
+def test_ctrl_c_while_loading_is_one_line(shipped: Path, tmp_path: Path) -> None:
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    out = tmp_path / "x.png"
+    arguments = ["x", "--bundle", str(shipped), "-o", str(out)]
+    code = f"import sys; from cascade_rt.commands import main_run; sys.exit(main_run({arguments!r}))"
+    for wait in (0.3, 0.6):
+        running = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        time.sleep(wait)
+        if running.poll() is None:
+            running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+        assert "Traceback" not in errors
+        assert {p.name for p in tmp_path.iterdir()} <= {"x.png"}

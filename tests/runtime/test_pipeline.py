@@ -136,6 +136,21 @@ def test_a_callback_can_change_latents(pipe: CascadePipeline) -> None:
     assert np.abs(changed).max() == 0
 
 
+@pytest.mark.parametrize("sampler", ["original", "diffusers"])
+def test_a_callback_that_returns_a_copy_changes_nothing(pipe: CascadePipeline, sampler: Any) -> None:
+    plain = pipe.prior("x", seed=0, num_inference_steps=3, sampler=sampler).image_embeddings
+    copied = pipe.prior(
+        "x",
+        seed=0,
+        num_inference_steps=3,
+        sampler=sampler,
+        callback_on_step_end=lambda p, i, t, kwargs: {"latents": kwargs["latents"].copy()},
+    ).image_embeddings
+    np.testing.assert_array_equal(plain, copied)
+    with pytest.raises(RequestError, match="a callback returned list"):
+        pipe.prior("x", seed=0, num_inference_steps=1, callback_on_step_end=lambda *a: [1])  # type: ignore[arg-type]
+
+
 def test_sizes_are_rounded_up_and_cropped(pipe: CascadePipeline) -> None:
     out = pipe("x", height=200, width=300, seed=0, prior_num_inference_steps=1, num_inference_steps=1)
     assert out.images[0].size == (300, 200)
@@ -183,6 +198,9 @@ def test_long_and_empty_and_foreign_prompts(pipe: CascadePipeline) -> None:
         ({"noise": "jax"}, "noise 'jax'"),
         ({"output_type": "pt"}, "output_type 'pt'"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt 0"),
+        ({"num_images_per_prompt": 10**9}, "1000000000 pictures at once"),
+        ({"prior_guidance_scale": 1e39}, "finite number up to 1000"),
+        ({"noise": ["torch-cpu"]}, "noise .* is not known"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"prompt_embeds": np.zeros((1, 3, 4))}, "give either prompt"),
     ],

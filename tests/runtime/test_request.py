@@ -8,7 +8,7 @@ import pytest
 from cascade_rt import RequestError
 from cascade_rt.bundle import ModelFacts
 from cascade_rt.image import crop_center, resize_bilinear, to_pil
-from cascade_rt.request import as_array, as_prompts, check_scale, plan_sizes
+from cascade_rt.request import as_array, as_prompts, check_batch, check_scale, plan_sizes
 
 FACTS = ModelFacts("x", "big", "x", "x", 1024, 1024)
 
@@ -22,36 +22,52 @@ FACTS = ModelFacts("x", "big", "x", "x", 1024, 1024)
         (832, 20, 208, 832),  # diffusers fails here
         (1216, 29, 304, 1216),  # and here
         (1000, 24, 256, 1000),  # rounded up, cropped
-        (65, 3, 32, 65),
+        (65, 2, 32, 65),
         (64, 2, 16, 64),
         (4096, 96, 1024, 4096),
     ],
 )
 def test_sizes(pixels: int, prior: int, decoder: int, picture: int) -> None:
     for sampler in ("original", "diffusers"):
-        sizes = plan_sizes(FACTS, 16, sampler, pixels, 1024)  # type: ignore[arg-type]
+        sizes = plan_sizes(FACTS, (1, 16), sampler, pixels, 1024)  # type: ignore[arg-type]
         assert (sizes.prior[0], sizes.decoder[0], sizes.picture[0]) == (prior, decoder, picture)
         assert (sizes.prior[1], sizes.decoder[1], sizes.picture[1]) == (24, 256, 1024)
 
 
 def test_a_decoder_scale_of_its_own_is_followed() -> None:
     odd = ModelFacts("x", "custom", "x", "x", 128, 128, latent_dim_scale=4.0)
-    sizes = plan_sizes(odd, 4, "diffusers", 128, 256)
+    sizes = plan_sizes(odd, (1, 4), "diffusers", 128, 256)
     assert sizes.prior == (3, 6)
     assert sizes.decoder == (12, 24)
     assert sizes.picture == (48, 96)
 
 
+def test_a_stage_a_of_three_levels_is_not_cropped() -> None:
+    """A decoder of another compression than the prior's: diffusers returns all that it makes, and so do we."""
+    deep = ModelFacts("x", "custom", "x", "x", 128, 128, compression=8)
+    assert plan_sizes(deep, (1, 16), "diffusers", 128, 256).picture == (256, 512)
+
+
+def test_stage_c_may_have_a_grid_of_its_own() -> None:
+    assert plan_sizes(FACTS, (2, 16), "original", 128, 256).prior == (4, 6)
+
+
 @pytest.mark.parametrize("size", [0, -1, 63, 4097, 1_000_000, 64.0, "64", True, None])
 def test_bad_sizes_are_named(size: object) -> None:
     with pytest.raises(RequestError, match=r"width .* is not accepted; it must be an integer from 64 to 4096"):
-        plan_sizes(FACTS, 16, "original", 1024, size)
+        plan_sizes(FACTS, (1, 16), "original", 1024, size)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "4", None, True])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39, "4", None, True])
 def test_bad_scales_are_named(scale: object) -> None:
     with pytest.raises(RequestError, match=r"guidance_scale .* finite number"):
         check_scale("guidance_scale", scale)
+
+
+def test_batches_have_a_limit() -> None:
+    check_batch(16, True, 32)
+    with pytest.raises(RequestError, match="17 pictures at once, 34 rows with guidance, are not accepted"):
+        check_batch(17, True, 32)
 
 
 def test_prompts() -> None:
@@ -59,6 +75,8 @@ def test_prompts() -> None:
     assert as_prompts("prompt", ["a", ""]) == ["a", ""]
     with pytest.raises(RequestError, match="entry of type int"):
         as_prompts("prompt", ["a", 3])
+    with pytest.raises(RequestError, match="no Unicode text"):
+        as_prompts("prompt", "bad \udcff byte")
     for bad in (3, [], None, b"a"):
         with pytest.raises(RequestError):
             as_prompts("prompt", bad)

@@ -13,7 +13,9 @@ def build_text_encoder(config: dict[str, Any]) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     made = CLIPTextConfig.from_dict(config)
-    model: nn.Module = CLIPTextModelWithProjection._from_config(made, attn_implementation="eager")
+    model: nn.Module = CLIPTextModelWithProjection._from_config(
+        made, attn_implementation="eager", dtype=torch.get_default_dtype()
+    )
     return model
 
 
@@ -22,7 +24,9 @@ def build_image_encoder(config: dict[str, Any]) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     made = CLIPVisionConfig.from_dict(config)
-    model: nn.Module = CLIPVisionModelWithProjection._from_config(made, attn_implementation="eager")
+    model: nn.Module = CLIPVisionModelWithProjection._from_config(
+        made, attn_implementation="eager", dtype=torch.get_default_dtype()
+    )
     model.get_submodule("vision_model.embeddings.position_embedding").__class__ = _AllPositions
     return model
 

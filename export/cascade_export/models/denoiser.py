@@ -120,6 +120,9 @@ class DenoiserConfig:
                 raise CheckpointError(
                     f"level {level} begins with {types[:1]}; the skip connection needs a {_RES} there"
                 )
+        sizes = (self.in_channels, self.out_channels, self.patch_size, self.conditioning_dim, self.clip_seq)
+        if not all(isinstance(x, int) and x > 0 for x in (*sizes, *self.block_out_channels, self.kernel_size)):
+            raise CheckpointError(f"a size in the denoiser config is no positive integer: {self}")
         if self.kernel_size % 2 == 0:
             raise CheckpointError(f"kernel_size {self.kernel_size} is even; the residual blocks need an odd one")
 
