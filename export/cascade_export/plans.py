@@ -57,7 +57,7 @@ def build_plans(
             bundle.engines[plan.record.key] = plan.record
             size = bundle.files[file]["bytes"] / 2**20
             memory = "" if plan.peak_mib is None else f"; the builder took {plan.peak_mib} MiB"
-            report(f"{file}: built in {plan.seconds:.1f} s, {size:.1f} MiB{memory}")
+            report(f"{file}: built in {plan.seconds:.1f} s, {size:.1f} MiB{memory}; not verified on a GPU")
 
 
 def drop_stale_plans(bundle: Contents, stages: Sequence[StageName], report: Report) -> None:
