@@ -72,3 +72,41 @@ def add_encoders(checkpoint: Path) -> None:
         state = {k: v for k, v in module.state_dict().items() if v.is_floating_point()}
         save_file(state, checkpoint / name / "diffusion_pytorch_model.safetensors")
         (checkpoint / name / "config.json").write_text(json.dumps(values))
+
+
+_DENOISER: dict[str, Any] = {"clip_text_pooled_in_channels": 12, "conditioning_dim": 16, "dropout": 0.0}
+SMALL_CONFIGS: dict[str, dict[str, Any]] = {
+    "text_encoder": {**reference.SHAPES["shallow"].text, "vocab_size": 99, "eos_token_id": 98, "pad_token_id": 98},
+    "image_encoder": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "projection_dim": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+    "stage_c": {
+        **_DENOISER,
+        "block_out_channels": [16, 24],
+        "num_attention_heads": [2, 3],
+        "down_num_layers_per_block": [1, 1],
+        "up_num_layers_per_block": [1, 1],
+        "clip_text_in_channels": 12,
+        "clip_image_in_channels": 8,
+        "switch_level": [False],
+    },
+    "stage_b": {
+        **_DENOISER,
+        **{k: v for k, v in reference.SHAPES["shallow"].decoder.items() if k != "conditioning_dim"},
+        "in_channels": 4,
+        "out_channels": 4,
+        "patch_size": 2,
+        "effnet_in_channels": 16,
+        "pixel_mapper_in_channels": 3,
+    },
+    "stage_a": {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4},
+    "effnet": SMALL_EFFNET,
+    "previewer": {},
+}
+"""The smallest config of every component, for tests that only look at graphs."""

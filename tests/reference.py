@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Shape:
     prior: dict[str, Any]
     decoder: dict[str, Any]
     vqgan: dict[str, Any]
+    prior_scheduler: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
 
 def _text(width: int, projection: int, heads: int) -> dict[str, Any]:
@@ -66,7 +68,8 @@ SHAPES: dict[str, Shape] = {
         },
         {"embed_dim": 24, "bottleneck_blocks": 2, "num_vq_embeddings": 8},
     ),
-    # attention at three of four levels, repeats on the way down, no self-attention at one level, another s
+    # attention at three of four levels, repeats on the way down, no self-attention at one level, channels that the
+    # heads do not divide, schedulers that differ
     "three-attention": Shape(
         _text(24, 40, 3),
         {
@@ -94,8 +97,10 @@ SHAPES: dict[str, Shape] = {
             "clip_seq": 3,
         },
         {"embed_dim": 32, "bottleneck_blocks": 1, "num_vq_embeddings": 8, "scale_factor": 0.5},
+        {"scaler": 1.5},
+        {"s": 0.03, "scaler": 0.8},
     ),
-    # one level in the prior, two in the decoder, a kernel of 5, another timestep width
+    # one level in the prior, two in the decoder, three in Stage A, a kernel of 5, another timestep width
     "shallow": Shape(
         _text(16, 16, 2),
         {
@@ -124,7 +129,7 @@ SHAPES: dict[str, Shape] = {
             "dropout": (0.0, 0.0),
             "kernel_size": 5,
         },
-        {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4},
+        {"embed_dim": 16, "levels": 3, "bottleneck_blocks": 1, "num_vq_embeddings": 4},
     ),
 }
 
@@ -196,12 +201,12 @@ def build(shape: Shape, folder: Path, seed: int = 0) -> Any:
         tokenizer=tokenizer,
         text_encoder=text,
         decoder=decoder,
-        scheduler=DDPMWuerstchenScheduler(),
+        scheduler=DDPMWuerstchenScheduler(**shape.scheduler),
         vqgan=vqgan,
         prior_prior=prior,
         prior_text_encoder=text,
         prior_tokenizer=tokenizer,
-        prior_scheduler=DDPMWuerstchenScheduler(),
+        prior_scheduler=DDPMWuerstchenScheduler(**shape.prior_scheduler),
     )
     for part in (pipe, pipe.prior_pipe, pipe.decoder_pipe):
         part.set_progress_bar_config(disable=True)

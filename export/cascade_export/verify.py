@@ -135,13 +135,29 @@ def _plain_cases(
     specs: list[EngineSpec], module: nn.Module, run: RunEngine, rng: np.random.Generator
 ) -> Iterator[Case]:
     for spec in specs:
-        feeds = {t.name: _draw(spec, t.name, rng) for t in spec.inputs}
+        if spec.name == "text_encoder":
+            feeds = _draw_prompts(spec, module.config, rng)
+        else:
+            feeds = {t.name: _draw(spec, t.name, rng) for t in spec.inputs}
         reference = CALLS[spec.name](module, {n: torch.from_numpy(a) for n, a in feeds.items()})
         outputs = run(spec.name, feeds)
         for tensor, wanted in zip(spec.outputs, reference, strict=True):
             made = outputs[tensor.name]
             assert isinstance(made, np.ndarray)  # only context tensors stay on the device
             yield spec.name, tensor.name, compare(tensor.name, made, wanted.numpy(), tensor.name == "pixels")
+
+
+def _draw_prompts(spec: EngineSpec, config: Any, rng: np.random.Generator) -> dict[str, Array]:
+    """Two prompts of random words, one that fills the length and a shorter one, each with its end token and padding."""
+    length = spec.inputs[0].axes[1]
+    assert isinstance(length, int)
+    ids = rng.integers(0, config.vocab_size, size=(2, length))
+    mask = np.ones((2, length), dtype=np.int64)
+    for row, end in enumerate((length - 1, length // 2)):
+        ids[row, end] = config.eos_token_id
+        ids[row, end + 1 :] = config.pad_token_id
+        mask[row, end + 1 :] = 0
+    return {"input_ids": ids.astype(np.int64), "attention_mask": mask}
 
 
 def _draw(spec: EngineSpec, name: str, rng: np.random.Generator) -> Array:
@@ -155,14 +171,6 @@ def _draw(spec: EngineSpec, name: str, rng: np.random.Generator) -> Array:
             limits = spec.ranges[axis]
             least = max(limits.min, limits.multiple)
             shape.append(2 if axis == "batch" else least * sizes[axis])
-    if name == "input_ids":
-        # small ids, with the end token (the largest any prompt holds) where a short prompt has it
-        ids = rng.integers(1, 200, size=shape)
-        return ids.astype(np.int64)
-    if name == "attention_mask":
-        mask = np.ones(shape, dtype=np.int64)
-        mask[1, shape[1] // 2 :] = 0
-        return mask
     if name == "pixels":
         return rng.random(shape, dtype=np.float32)
     return rng.standard_normal(shape, dtype=np.float32)

@@ -7,16 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import reference
 from cascade_export.checkpoints import open_checkpoint
-from cascade_export.components import Checkpoint
+from cascade_export.components import Checkpoint, ScheduleFacts
+from cascade_export.exporter import ExportRequest, export
 from cascade_export.models import build_model
 from cascade_export.weights import check_architecture
 from cascade_rt import CascadeError, CheckpointError, RequestError
+from cascade_rt.backends import open_engine
+from cascade_rt.bundle import Bundle
 from cascade_rt.errors import MissingCheckpointError
 
 # head size 64 as in every published model: a single file does not record the number of heads
@@ -148,6 +152,62 @@ def test_prior_and_decoder_layouts_and_bare_models(folder: Path, tmp_path: Path)
     assert tokenizer is not None
     assert tokenizer.max_length == 24
     assert_same(tensors(open_checkpoint(str(tmp_path / "prior" / "prior"), None), "stage_c"), theirs(folder, "stage_c"))
+
+
+def test_each_stage_has_its_scheduler(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "c"
+    for name, config in (("scheduler", {"s": 0.03}), ("prior_scheduler", {"scaler": 2.0, "prediction_type": "sample"})):
+        (checkpoint / name).mkdir(parents=True)
+        (checkpoint / name / "scheduler_config.json").write_text(json.dumps(config))
+    (checkpoint / "stage_a.safetensors").write_bytes(b"")
+    facts = open_checkpoint(str(checkpoint), None).facts
+    assert facts.prior_schedule == ScheduleFacts(2.0, 0.008, "sample")
+    assert facts.decoder_schedule == ScheduleFacts(1.0, 0.03, "epsilon")
+    for config, message in (
+        ({"_class_name": "DDIMScheduler"}, "is a DDIMScheduler"),
+        ({"s": "x"}, "positive numbers"),
+        ({"prediction_type": "score"}, "known are epsilon"),
+    ):
+        (checkpoint / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+        assert message in refuse(str(checkpoint))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_text_encoder_saved_in_half_precision(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Its config.json notes the dtype; the export's precision is what counts. The tokenizer may be the shorter one."""
+    from transformers import CLIPTextModelWithProjection
+
+    checkpoint = copied(folder, tmp_path)
+    shutil.rmtree(checkpoint / "prior_text_encoder")
+    model = CLIPTextModelWithProjection.from_pretrained(checkpoint / "text_encoder").to(dtype)
+    model.save_pretrained(checkpoint / "text_encoder")
+    settings = checkpoint / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": 16}))
+    export(open_checkpoint(str(checkpoint), None), ExportRequest(("text",), "fp32", tmp_path / "out", quiet=True))
+    bundle = Bundle(tmp_path / "out")
+    assert "dtype" not in bundle.manifest.models["text_encoder"].config
+    ids, mask = bundle.tokenizer()(["red"])
+    assert ids.shape == (1, 16)
+    with open_engine(bundle, "text_encoder", "cpu") as engine:
+        hidden = engine.bind({})({"input_ids": ids, "attention_mask": mask})["hidden_states"]
+    given = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    with torch.no_grad():
+        wanted = model.float()(**given, output_hidden_states=True).hidden_states[-1].numpy()
+    assert isinstance(hidden, np.ndarray)
+    assert reference.rel_l2(hidden, wanted) < 2e-5
+
+
+def test_a_shard_index_is_not_followed_elsewhere(folder: Path, tmp_path: Path) -> None:
+    checkpoint = copied(folder, tmp_path)
+    weights(checkpoint).unlink()
+    index = checkpoint / "decoder" / "diffusion_pytorch_model.safetensors.index.json"
+    for content, message in (
+        ({}, "no weight_map"),
+        ({"weight_map": {"a": "../../secret.safetensors"}}, "no .safetensors file beside it"),
+        ({"weight_map": {"a": "model.bin"}}, "no .safetensors file beside it"),
+    ):
+        index.write_text(json.dumps(content))
+        assert message in refuse(str(checkpoint), "stage_b")
 
 
 def test_shards(folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cascade_export.models import Denoiser, DenoiserConfig, StreamScales
 from cascade_export.precision import FP16_MAX, HEADROOM, choose_scales, scan, seeded_conditions
 from cascade_rt import CascadePipeline, ExportError
 from cascade_rt.bundle import Bundle
-from cascade_rt.cli import main_info
+from cascade_rt.commands import main_info
 from reference import ATTN, CONV, SHAPES, randomize, rel_l2
 
 STAGE_C: dict[str, Any] = {

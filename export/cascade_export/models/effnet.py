@@ -122,9 +122,10 @@ class SemanticEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float32 in [0, 1], H and W multiples of 32 -> latents ``[B, 16, H/32, W/32]`` float32."""
-        mean = torch.tensor(IMAGENET_MEAN, device=pixels.device).view(1, 3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=pixels.device).view(1, 3, 1, 1)
-        x = ((pixels - mean) / std).to(next(self.mapper.parameters()).dtype)
+        # by numbers, not by a tensor of them: a tensor made here would be a fake one while the module is traced
+        channels = zip(pixels.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+        x = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+        x = x.to(next(self.mapper.parameters()).dtype)
         y: Tensor = self.mapper(self.backbone(x))
         return y.float()
 

@@ -1,0 +1,52 @@
+"""Every engine of the table traces, in every precision, as the table says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from cascade_export.components import Component
+from cascade_export.graphs import CALLS, dims_of
+from cascade_export.loading import weights_of
+from cascade_export.models import build_model
+from cascade_export.trace import OPSET, WEIGHT_DTYPE, save, trace
+from cascade_export.weights import write_safetensors
+from cascade_rt.stages import ENGINES, Precision
+from cascades import SMALL_CONFIGS
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_an_engine_traces(name: str, precision: Precision, tmp_path: Path) -> None:
+    config = json.loads(json.dumps(SMALL_CONFIGS[ENGINES[name].model]))
+    spec = ENGINES[name].resolve(dims_of(name, config), precision)
+    traced = trace(spec, config, precision)
+    assert traced.opset == OPSET[precision]
+    source = weights_of(spec.model, config, Component(config, None))
+    dtype = WEIGHT_DTYPE[precision]
+    places = write_safetensors(tmp_path / "w.safetensors", traced.weights, source, dtype)
+    save(traced, tmp_path / "g.onnx", "w.safetensors", places, dtype)
+    onnx.checker.check_model(str(tmp_path / "g.onnx"), full_check=True)
+    graph = onnx.load(tmp_path / "g.onnx", load_external_data=False).graph
+    kinds = {"float32": 1, "uint8": 2, "int64": 7, "float16": 10, "bfloat16": 16}
+    for values, tensors in ((graph.input, spec.inputs), (graph.output, spec.outputs)):
+        assert [v.name for v in values] == [t.name for t in tensors]
+        for value, tensor in zip(values, tensors, strict=True):
+            shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+            assert shape == list(tensor.axes)
+            assert value.type.tensor_type.elem_type == kinds[tensor.dtype]
+            assert tensor.dtype == "float32" or tensor.constant or not tensor.dtype.endswith("16")
+    # every weight keeps its key, and none is copied into the graph
+    external = {i.name for i in graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL}
+    with torch.device("meta"):
+        keys = build_model(spec.model, config).state_dict().keys()
+    assert external == set(traced.weights)
+    assert external <= set(keys)
+
+
+def test_every_engine_has_a_call() -> None:
+    assert set(CALLS) == set(ENGINES)
