@@ -15,7 +15,7 @@ help:
 	@echo "make demo   export the tiny cascade and make a picture: demo/picture.png (PROMPT=..., SEED=...)"
 	@echo "make test   run every test that this machine can run"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  measure this machine (see benchmarks/README.md)"
+	@echo "make bench  measure the tiny cascade (see benchmarks/README.md)"
 	@echo "make clean  remove what these commands made"
 
 $(BIN)/python:
@@ -47,6 +47,9 @@ test-wheel: $(VENV)/.dev
 	mkdir build/wheel/tests && cp -r tests/runtime tests/conftest.py build/wheel/tests/
 	cd build/wheel && venv/bin/python -c 'import importlib.util as u; assert u.find_spec("torch") is None'
 	cd build/wheel && venv/bin/python -m pytest -ra --import-mode=importlib -p no:cacheprovider tests
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/tiny_accuracy.py --json build/tiny_accuracy.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

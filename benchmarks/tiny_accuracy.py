@@ -60,9 +60,7 @@ def reconstruct(pipe: CascadePipeline, scene: Scene, seed: int) -> float:
 
 def encode(pipe: CascadePipeline, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Semantic latents float32 [1, 16, 6, 6] of pixels float32 [1, 3, 192, 192] in 0..1."""
-    with pipe._engine("effnet_encoder") as engine:  # no public way to it yet: image variation will bring one
-        out = engine.bind({})({engine.spec.inputs[0].name: pixels})
-    return np.asarray(out[engine.spec.outputs[0].name], np.float32)
+    return pipe.run_engine("effnet_encoder", {"pixels": pixels})["latents"]
 
 
 def relations(count: int) -> list[tuple[str, Scene]]:

@@ -8,8 +8,12 @@ decoder latents, decoder steps. None means "as the bundle says".
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .bundle import Bundle, find_bundle
 from .decoder import DecoderPipeline
@@ -67,6 +71,23 @@ class CascadePipeline:
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of the `tqdm` bar, as in diffusers (``disable=True`` for silence)."""
         self._runner.bar = options
+
+    def run_engine(self, name: str, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run one engine of the bundle by hand, for example ``effnet_encoder`` or ``stage_a.encode``.
+
+        Args:
+            name: a name of `stages.ENGINES`.
+            feeds: its inputs, exactly as its spec says (``self.bundle.engine(name).spec``).
+
+        Returns:
+            The outputs that NumPy can see; context tensors stay where the engine runs.
+
+        Raises:
+            BundleError: the bundle does not have it.
+            EngineError: a tensor is not as the engine takes it.
+        """
+        outputs = self._runner.call(name, feeds)
+        return {key: value for key, value in outputs.items() if isinstance(value, np.ndarray)}
 
     def close(self) -> None:
         """Give back every engine. Closing twice is fine; a closed pipeline refuses to run."""

@@ -233,3 +233,18 @@ def test_engine_calls_are_exact(pipe: CascadePipeline) -> None:
     ):
         with pytest.raises(EngineError, match=message):
             check_feeds(spec, feeds)
+
+
+@pytest.mark.covers("stage_a.encode", "runtime")
+@pytest.mark.covers("effnet_encoder", "runtime")
+def test_engines_can_be_run_by_hand(pipe: CascadePipeline) -> None:
+    pixels = np.random.default_rng(0).random((1, 3, 64, 96), dtype=np.float32)
+    engines = pipe.bundle.manifest.engines
+    for name, shape in (("stage_a.encode", (1, 4, 16, 24)), ("effnet_encoder", (1, 16, 2, 3))):
+        if name in engines:
+            made = pipe.run_engine(name, {"pixels": pixels})["latents"]
+            assert made.shape == shape
+            assert made.dtype == np.float32
+            with pytest.raises(EngineError, match="dtype float64"):
+                pipe.run_engine(name, {"pixels": pixels.astype(np.float64)})
+    assert {"stage_a.encode", "effnet_encoder"} & set(engines)
