@@ -9,10 +9,10 @@ import numpy as np
 
 from .errors import EngineError, RequestError
 from .image import crop_center, resize_bilinear, to_pil
-from .noise import Noise, make_noise
+from .noise import make_noise
 from .outputs import Array, CascadeOutput
-from .request import OUTPUT_TYPES, as_array, check_batch, check_choice, check_count, check_scale, round_up
-from .runner import Callback, Embeddings, Prompt, Runner, host, or_default, with_negative
+from .request import OUTPUT_TYPES, as_array, check_batch, check_choice, check_count, round_up
+from .runner import Callback, Embeddings, Loop, Prompt, Prompts, Runner, host, with_negative
 from .sampling import SamplerName
 
 
@@ -61,71 +61,66 @@ class DecoderPipeline:
             image_embeddings = np.concatenate(image_embeddings)
         channels = int(context["effnet"].axes[1])
         image_embeddings = as_array("image_embeddings", image_embeddings, (None, channels, None, None))
-        preset = runner.preset(sampler)
-        scale = check_scale("guidance_scale", or_default(guidance_scale, preset.decoder.guidance_scale))
         if prompt is None and prompt_embeds is None and prompt_embeds_pooled is None:
             prompt = ""
-        embeddings = (prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds, negative_prompt_embeds_pooled)
-        prompts = runner.count_prompts(prompt, embeddings)
-        count = check_count("num_images_per_prompt", num_images_per_prompt)
-        if len(image_embeddings) % prompts:
-            raise RequestError(f"{len(image_embeddings)} image embeddings cannot be shared out to {prompts} prompts")
-        each = count * (len(image_embeddings) // prompts)
-        rows = runner.bundle.engine("stage_b.step").spec.ranges["batch"].max
-        check_batch(len(image_embeddings) * count, scale > 1, rows)
-        source = make_noise(noise, seed)
-        texts = runner.texts(prompt, negative_prompt, embeddings, each, scale > 1)
-        return self.run(
-            np.repeat(image_embeddings, count, axis=0),
-            texts,
-            size=None,
-            steps=num_inference_steps,
-            scale=scale,
-            source=source,
-            sampler=sampler,
-            latents=latents,
-            output_type=output_type,
-            crop=None,
-            callback=callback_on_step_end,
+        prompts = Prompts(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            prompt_embeds_pooled,
+            negative_prompt_embeds,
+            negative_prompt_embeds_pooled,
         )
+        loop = Loop(
+            num_inference_steps, guidance_scale, sampler, make_noise(noise, seed), latents, callback_on_step_end
+        )
+        given, wanted = prompts.count(), len(image_embeddings)
+        count = check_count("num_images_per_prompt", num_images_per_prompt)
+        if wanted % given:
+            raise RequestError(f"{wanted} image embeddings cannot be shared out to {given} prompts")
+        _, guidance = runner.schedule("stage_b", loop, runner.preset(sampler).decoder)
+        check_batch(wanted * count, guidance.on, runner.spec("stage_b.step").ranges["batch"].max)
+        texts = runner.texts(prompts, count * (wanted // given), guidance.on)
+        return self.run(np.repeat(image_embeddings, count, axis=0), texts, loop, output_type)
 
     def run(
         self,
         image_embeddings: Array,
         texts: Embeddings,
-        *,
-        size: tuple[int, int] | None,
-        steps: int | None,
-        scale: float,
-        source: Noise,
-        sampler: SamplerName | None,
-        latents: Any,
+        loop: Loop,
         output_type: str,
-        crop: tuple[int, int] | None,
-        callback: Callback | None,
+        *,
+        size: tuple[int, int] | None = None,
+        crop: tuple[int, int] | None = None,
     ) -> CascadeOutput:
-        """Make pictures of size ``size`` (latents), cropped to ``crop`` (pixels); the rest as in `CascadePipeline`."""
+        """Make pictures.
+
+        Args:
+            image_embeddings: ``[B, 16, h, w]`` float32.
+            texts: one row a picture.
+            loop: how to sample.
+            output_type: ``pil``, ``np`` or ``latent``.
+            size: (height, width) of the latents; None: from the image embeddings.
+            crop: (height, width) in pixels of what is returned; None: everything.
+        """
         runner, facts = self._runner, self._runner.bundle.manifest.model
         spec = runner.spec("stage_b.step")
-        preset = runner.preset(sampler)
-        schedule = runner.schedule("stage_b", sampler, preset.decoder, steps)
+        preset = runner.preset(loop.sampler)
+        schedule, guidance = runner.schedule("stage_b", loop, preset.decoder)
         multiple = spec.ranges["height"].multiple
         if size is None:
             h, w = (round_up(int(s * facts.latent_dim_scale), multiple) for s in image_embeddings.shape[2:])
             size = (h, w)
         shape = (len(image_embeddings), int(spec.inputs[0].axes[1]), *size)
-        if latents is None:
-            latents = source.normal(shape)
-        latents = as_array("latents", latents, shape)
+        latents = runner.latents(loop, shape)
         patch = int(runner.bundle.manifest.models["stage_b"].config["patch_size"])
         effnet = resize_bilinear(image_embeddings, size[0] // patch, size[1] // patch)
         conditions = {"clip_text_pooled": texts.pooled, "effnet": effnet}
-        if scale > 1:
+        if guidance.on:
             negatives = (texts.negative_pooled, np.zeros_like(effnet))
             conditions = {n: with_negative(x, y) for (n, x), y in zip(conditions.items(), negatives, strict=True)}
         started = time.perf_counter()
-        rescale = preset.decoder.guidance_rescale
-        result = runner.denoise("stage_b", schedule, latents, conditions, source, scale, rescale, callback, self)
+        result = runner.denoise("stage_b", loop, schedule, guidance, latents, conditions, self)
         timings = {"stage_b": time.perf_counter() - started}
         if output_type == "latent":
             return CascadeOutput(result, timings)

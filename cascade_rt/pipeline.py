@@ -20,9 +20,9 @@ from .decoder import DecoderPipeline
 from .noise import make_noise
 from .outputs import CascadeOutput
 from .prior import PriorPipeline
-from .request import OUTPUT_TYPES, check_choice, check_scale
-from .runner import Callback, Prompt, Runner, or_default
-from .sampling import SamplerName, make_schedule
+from .request import OUTPUT_TYPES, check_choice
+from .runner import Callback, Loop, Prompt, Prompts, Runner
+from .sampling import SamplerName
 
 
 class CascadePipeline:
@@ -158,39 +158,37 @@ class CascadePipeline:
         # refuse before the first stage has spent its time
         for name in ("stage_c.step", "stage_b.step", *(() if output_type == "latent" else ("stage_a.decode",))):
             self._runner.spec(name)
-        preset = self._runner.preset(sampler)
-        scale = or_default(decoder_guidance_scale, preset.decoder.guidance_scale)
-        guided = check_scale("decoder_guidance_scale", scale) > 1
-        make_schedule("original", or_default(num_inference_steps, preset.decoder.num_inference_steps))
         source = make_noise(noise, seed)
-        embeddings = (prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds, negative_prompt_embeds_pooled)
-        prior, sizes, texts = self.prior.run(
+        decoding = Loop(
+            num_inference_steps,
+            decoder_guidance_scale,
+            sampler,
+            source,
+            callback=callback_on_step_end,
+            scale_name="decoder_guidance_scale",
+        )
+        _, guidance = self._runner.schedule("stage_b", decoding, self._runner.preset(sampler).decoder)
+        prompts = Prompts(
             prompt,
             negative_prompt,
-            embeddings,
-            size=(height, width),
-            steps=prior_num_inference_steps,
-            scale=prior_guidance_scale,
-            scale_name="prior_guidance_scale",
-            images=num_images_per_prompt,
-            source=source,
-            sampler=sampler,
-            latents=latents,
-            image_embeds=None,
-            callback=prior_callback_on_step_end,
-            negative_needed=guided,
+            prompt_embeds,
+            prompt_embeds_pooled,
+            negative_prompt_embeds,
+            negative_prompt_embeds_pooled,
+        )
+        loop = Loop(
+            prior_num_inference_steps,
+            prior_guidance_scale,
+            sampler,
+            source,
+            latents,
+            prior_callback_on_step_end,
+            "prior_guidance_scale",
+        )
+        prior, sizes, texts = self.prior.run(
+            prompts, loop, (height, width), num_images_per_prompt, negative_needed=guidance.on
         )
         out = self.decoder.run(
-            prior.image_embeddings,
-            texts,
-            size=sizes.decoder,
-            steps=num_inference_steps,
-            scale=scale,
-            source=source,
-            sampler=sampler,
-            latents=None,
-            output_type=output_type,
-            crop=sizes.picture,
-            callback=callback_on_step_end,
+            prior.image_embeddings, texts, decoding, output_type, size=sizes.decoder, crop=sizes.picture
         )
         return CascadeOutput(out.images, {**prior.timings, **out.timings})

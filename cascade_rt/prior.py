@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from .errors import RequestError
-from .noise import Noise, make_noise
+from .noise import make_noise
 from .outputs import PriorOutput
-from .request import Sizes, as_array, check_batch, check_count, check_scale, plan_sizes
-from .runner import Callback, Embeddings, GivenEmbeddings, Prompt, Runner, or_default, with_negative
+from .request import Sizes, as_array, check_batch, check_count, plan_sizes
+from .runner import Callback, Embeddings, Loop, Prompt, Prompts, Runner, or_default, with_negative
 from .sampling import SamplerName
 
 
@@ -52,77 +52,73 @@ class PriorPipeline:
             BundleError: an engine is missing or damaged.
             EngineError: an engine failed.
         """
-        embeddings = (prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds, negative_prompt_embeds_pooled)
-        out, _, _ = self.run(
+        prompts = Prompts(
             prompt,
             negative_prompt,
-            embeddings,
-            size=(height, width),
-            steps=num_inference_steps,
-            scale=guidance_scale,
-            scale_name="guidance_scale",
-            images=num_images_per_prompt,
-            source=make_noise(noise, seed),
-            sampler=sampler,
-            latents=latents,
-            image_embeds=image_embeds,
-            callback=callback_on_step_end,
-            negative_needed=False,
+            prompt_embeds,
+            prompt_embeds_pooled,
+            negative_prompt_embeds,
+            negative_prompt_embeds_pooled,
         )
+        loop = Loop(
+            num_inference_steps, guidance_scale, sampler, make_noise(noise, seed), latents, callback_on_step_end
+        )
+        out, _, _ = self.run(prompts, loop, (height, width), num_images_per_prompt, image_embeds=image_embeds)
         return out
 
     def run(
         self,
-        prompt: Prompt | None,
-        negative_prompt: Prompt | None,
-        embeddings: GivenEmbeddings,
-        *,
+        prompts: Prompts,
+        loop: Loop,
         size: tuple[int | None, int | None],
-        steps: int | None,
-        scale: float | None,
-        scale_name: str,
         images: int,
-        source: Noise,
-        sampler: SamplerName | None,
-        latents: Any,
-        image_embeds: Any,
-        callback: Callback | None,
-        negative_needed: bool,
+        *,
+        image_embeds: Any = None,
+        negative_needed: bool = False,
     ) -> tuple[PriorOutput, Sizes, Embeddings]:
-        """Make image embeddings, and say what the decoder goes on with; arguments as in `CascadePipeline`."""
+        """Make image embeddings, and say what the decoder goes on with.
+
+        Args:
+            prompts: what to draw.
+            loop: how to sample.
+            size: (height, width) in pixels.
+            images: pictures of every prompt.
+            image_embeds: ``[1, n, I]``, or None.
+            negative_needed: whether the decoder will want negative embeddings.
+        """
         runner, facts = self._runner, self._runner.bundle.manifest.model
         step_spec, context_spec = (runner.spec(f"stage_c.{part}") for part in ("step", "context"))
-        preset = runner.preset(sampler)
-        decoders = runner.bundle.manifest.engines.get("stage_b.step")
-        grid = decoders[0].spec.ranges["height"].multiple if decoders else 1
-        grids = (step_spec.ranges["height"].multiple, grid)
-        height, width = (or_default(s, d) for s, d in zip(size, (facts.height, facts.width), strict=True))
-        sizes = plan_sizes(facts, grids, runner.sampler_name(sampler), height, width)
-        scale = check_scale(scale_name, or_default(scale, preset.prior.guidance_scale))
-        schedule = runner.schedule("stage_c", sampler, preset.prior, steps)
-        count = check_count("num_images_per_prompt", images)
-        prompts = runner.count_prompts(prompt, embeddings)
-        check_batch(prompts * count, scale > 1, step_spec.ranges["batch"].max)
+        preset = runner.preset(loop.sampler)
+        sizes = self._sizes(loop, *(or_default(s, d) for s, d in zip(size, (facts.height, facts.width), strict=True)))
+        schedule, guidance = runner.schedule("stage_c", loop, preset.prior)
+        batch = prompts.count() * check_count("num_images_per_prompt", images)
+        check_batch(batch, guidance.on, step_spec.ranges["batch"].max)
         started = time.perf_counter()
-        texts = runner.texts(prompt, negative_prompt, embeddings, count, scale > 1 or negative_needed)
+        texts = runner.texts(prompts, images, guidance.on or negative_needed)
         timings = {"text_encoder": time.perf_counter() - started}
         if texts.prompt is None:
             raise RequestError("the prior needs prompt_embeds beside prompt_embeds_pooled")
-        batch = len(texts.pooled)
         shape = (batch, int(step_spec.inputs[0].axes[1]), *sizes.prior)
-        if latents is None:
-            latents = source.normal(shape)
-        latents = as_array("latents", latents, shape)
+        latents = runner.latents(loop, shape)
         image_dim = int(next(t.axes[2] for t in context_spec.inputs if t.name == "clip_img"))
         images_given = np.zeros((1, 1, image_dim)) if image_embeds is None else image_embeds
         clip_img = np.repeat(as_array("image_embeds", images_given, (1, None, image_dim)), batch, axis=0)
         conditions = {"clip_text": texts.prompt, "clip_text_pooled": texts.pooled, "clip_img": clip_img}
-        if scale > 1:
+        if guidance.on:
             negatives = (texts.negative, texts.negative_pooled, np.zeros_like(clip_img))
             conditions = {n: with_negative(x, y) for (n, x), y in zip(conditions.items(), negatives, strict=True)}
         started = time.perf_counter()
-        rescale = preset.prior.guidance_rescale
-        result = runner.denoise("stage_c", schedule, latents, conditions, source, scale, rescale, callback, self)
+        result = runner.denoise("stage_c", loop, schedule, guidance, latents, conditions, self)
         timings["stage_c"] = time.perf_counter() - started
-        negative = (texts.negative, texts.negative_pooled) if scale > 1 else (None, None)
+        negative = (texts.negative, texts.negative_pooled) if guidance.on else (None, None)
         return PriorOutput(result, texts.prompt, texts.pooled, *negative, timings), sizes, texts
+
+    def _sizes(self, loop: Loop, height: int, width: int) -> Sizes:
+        """Sizes of all stages; a bundle without a decoder puts no grid on its latents."""
+        bundle = self._runner.bundle
+        grids = [1, 1]
+        for index, name in enumerate(("stage_c.step", "stage_b.step")):
+            if records := bundle.manifest.engines.get(name):
+                grids[index] = records[0].spec.ranges["height"].multiple
+        sampler = self._runner.sampler_name(loop.sampler)
+        return plan_sizes(bundle.manifest.model, (grids[0], grids[1]), sampler, height, width)

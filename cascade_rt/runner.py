@@ -15,7 +15,7 @@ from .backends import DeviceTensor, Engine, Value, find_record, open_engine, res
 from .bundle import Bundle, LoopDefaults, SamplerPreset
 from .errors import BundleError, CascadeError, EngineError, RequestError
 from .noise import Noise
-from .request import as_array, as_prompts, check_choice, check_count
+from .request import as_array, as_prompts, check_choice, check_count, check_scale
 from .sampling import (
     SAMPLERS,
     SamplerName,
@@ -33,8 +33,69 @@ Prompt = str | Sequence[str]
 DenoiserName = Literal["stage_c", "stage_b"]
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 """``callback(pipe, step, timestep ratio, {"latents": ...})``, as in diffusers; may return changed latents."""
-GivenEmbeddings = tuple[Any, Any, Any, Any]
-"""A caller's prompt_embeds, prompt_embeds_pooled and their negative partners; None where not given."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a caller gives to be drawn: text or embeddings; None where not given. See `CascadePipeline`."""
+
+    prompt: Any = None
+    negative_prompt: Any = None
+    prompt_embeds: Any = None
+    prompt_embeds_pooled: Any = None
+    negative_prompt_embeds: Any = None
+    negative_prompt_embeds_pooled: Any = None
+
+    def count(self) -> int:
+        """How many prompts there are.
+
+        Raises:
+            RequestError: both text and embeddings, or neither, or embeddings without the pooled ones.
+        """
+        pooled = self.prompt_embeds_pooled
+        if (self.prompt is None) == (self.prompt_embeds is None and pooled is None):
+            raise RequestError("give either prompt or prompt_embeds with prompt_embeds_pooled, and not both")
+        if self.prompt is not None:
+            return len(as_prompts("prompt", self.prompt))
+        if pooled is None:
+            raise RequestError("prompt_embeds is given without prompt_embeds_pooled; they go together")
+        return len(as_array("prompt_embeds_pooled", pooled, (None, 1, None)))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How a caller wants a stage sampled; None means as the bundle says.
+
+    Attributes:
+        steps: network calls.
+        scale: guidance scale.
+        sampler: whose.
+        noise: where latents and each step's noise come from.
+        latents: initial noise instead of the source's.
+        callback: called after each step.
+        scale_name: what the caller calls ``scale``.
+    """
+
+    steps: int | None
+    scale: float | None
+    sampler: SamplerName | None
+    noise: Noise
+    latents: Any = None
+    callback: Callback | None = None
+    scale_name: str = "guidance_scale"
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a loop; see `sampling.guide`."""
+
+    scale: float
+    rescale: float
+
+    @property
+    def on(self) -> bool:
+        """Whether the batch is doubled. As in diffusers, a scale of up to 1 is no guidance."""
+        return self.scale > 1
 
 
 @dataclass(frozen=True)
@@ -96,22 +157,26 @@ class Runner:
         """The sampler that None stands for."""
         return self.bundle.manifest.model.default_sampler if sampler is None else sampler
 
-    def schedule(
-        self, stage: DenoiserName, sampler: SamplerName | None, loop: LoopDefaults, steps: int | None
-    ) -> Schedule:
-        """The tables of a stage's loop; ``loop`` says what the caller does not.
+    def schedule(self, stage: DenoiserName, loop: Loop, defaults: LoopDefaults) -> tuple[Schedule, Guidance]:
+        """The tables and the guidance of a stage's loop.
 
         Raises:
-            RequestError: a number of steps that is not accepted.
+            RequestError: a number of steps or a scale that is not accepted.
             BundleError: the bundle does not say what the stage predicts.
         """
         model = self.bundle.manifest.models.get(stage)
         if model is None or model.prediction_type is None:
             raise BundleError(f"the bundle {self.bundle.path} does not say what {stage} predicts; export it again")
-        count = or_default(steps, loop.num_inference_steps)
-        return make_schedule(
-            self.sampler_name(sampler), count, model.prediction_type, shift=loop.shift, scaler=loop.scaler, s=loop.s
+        schedule = make_schedule(
+            self.sampler_name(loop.sampler),
+            or_default(loop.steps, defaults.num_inference_steps),
+            model.prediction_type,
+            shift=defaults.shift,
+            scaler=defaults.scaler,
+            s=defaults.s,
         )
+        scale = check_scale(loop.scale_name, or_default(loop.scale, defaults.guidance_scale))
+        return schedule, Guidance(scale, defaults.guidance_rescale)
 
     def spec(self, name: str) -> EngineSpec:
         """Tensors and ranges of the engine that will run: a plan takes fewer sizes than its graph.
@@ -120,6 +185,15 @@ class Runner:
             BundleError: the bundle has no such engine for the provider.
         """
         return find_record(self.bundle, name, self.provider).spec
+
+    def latents(self, loop: Loop, shape: tuple[int, ...]) -> Array:
+        """The caller's initial noise, or the source's, which is drawn only then.
+
+        Raises:
+            RequestError: the caller's has another shape, or is not finite.
+        """
+        given = loop.noise.normal(shape) if loop.latents is None else loop.latents
+        return as_array("latents", given, shape)
 
     @contextmanager
     def engine(self, name: str) -> Iterator[Engine]:
@@ -147,43 +221,23 @@ class Runner:
         rows = [unique.index(text) for text in texts]
         return host(out, "hidden_states")[rows], host(out, "pooled")[rows]
 
-    def count_prompts(self, prompt: Prompt | None, given: GivenEmbeddings) -> int:
-        """How many prompts a caller gives, as text or as embeddings.
-
-        Raises:
-            RequestError: neither or both, or embeddings without the pooled ones.
-        """
-        embeds, pooled, _, _ = given
-        if (prompt is None) == (embeds is None and pooled is None):
-            raise RequestError("give either prompt or prompt_embeds with prompt_embeds_pooled, and not both")
-        if prompt is not None:
-            return len(as_prompts("prompt", prompt))
-        if pooled is None:
-            raise RequestError("prompt_embeds is given without prompt_embeds_pooled; they go together")
-        return len(as_array("prompt_embeds_pooled", pooled, (None, 1, None)))
-
-    def texts(
-        self,
-        prompt: Prompt | None,
-        negative_prompt: Prompt | None,
-        given: tuple[Any, Any, Any, Any],
-        images: int,
-        guided: bool,
-    ) -> Embeddings:
-        """Embeddings for ``images`` pictures of every prompt."""
-        embeds, pooled, negative, negative_pooled = given
-        count = self.count_prompts(prompt, given)
-        if negative_prompt is not None and negative is not None:
+    def texts(self, given: Prompts, images: int, guided: bool) -> Embeddings:
+        """Embeddings for ``images`` pictures of every prompt; the negative ones only if ``guided``."""
+        count = given.count()
+        negative, negative_pooled = given.negative_prompt_embeds, given.negative_prompt_embeds_pooled
+        if given.negative_prompt is not None and negative is not None:
             raise RequestError("give either negative_prompt or negative_prompt_embeds, and not both")
         if (negative is None) != (negative_pooled is None):
             raise RequestError("negative_prompt_embeds and negative_prompt_embeds_pooled go together")
-        prompts = [] if prompt is None else as_prompts("prompt", prompt)
+        embeds, pooled = given.prompt_embeds, given.prompt_embeds_pooled
+        prompts = [] if given.prompt is None else as_prompts("prompt", given.prompt)
         if not prompts:
             pooled = as_array("prompt_embeds_pooled", pooled, (count, 1, None))
             embeds = None if embeds is None else as_array("prompt_embeds", embeds, (count, None, None))
         unwanted: list[str] = []
         if guided and negative is None:
-            unwanted = [""] if negative_prompt is None else as_prompts("negative_prompt", negative_prompt)
+            given_negative = given.negative_prompt
+            unwanted = [""] if given_negative is None else as_prompts("negative_prompt", given_negative)
             if len(unwanted) not in (1, count):
                 raise RequestError(f"there are {len(unwanted)} negative prompts for {count} prompts; give 1 or {count}")
             unwanted = unwanted * (count if len(unwanted) == 1 else 1)
@@ -204,32 +258,27 @@ class Runner:
     def denoise(
         self,
         stage: DenoiserName,
+        loop: Loop,
         schedule: Schedule,
+        guidance: Guidance,
         latents: Array,
         conditions: Mapping[str, Array],
-        source: Noise,
-        scale: float,
-        rescale: float,
-        callback: Callback | None,
         owner: object,
     ) -> Array:
         """The loop of either denoiser.
 
         Args:
             stage: whose engines.
+            loop: where each step's noise comes from, and who is told of it.
             schedule: its tables.
+            guidance: scale and rescale.
             latents: ``[B, C, H, W]`` float32 initial noise.
             conditions: inputs of the context engine beside the embedding; ``[2B, ...]`` with guidance, prompt first.
-            source: where each step's noise comes from.
-            scale: guidance scale; up to 1 is none.
-            rescale: see `guide`.
-            callback: called after each step.
             owner: the pipeline that the callback gets to see.
 
         Returns:
             ``[B, C, H, W]`` float32.
         """
-        guided = scale > 1
         with self.engine(f"{stage}.context") as engine:
             dim = int(next(t.axes[1] for t in engine.spec.inputs if t.name == "timestep_embedding"))
             feeds = {"timestep_embedding": timestep_embedding(schedule.ratios, dim), **conditions}
@@ -238,21 +287,21 @@ class Runner:
         with self.engine(f"{stage}.step") as engine:
             run = engine.bind(context)
             for step in tqdm(range(len(schedule)), desc=f"stage {stage[-1]}", leave=False, **self.bar):
-                batch = np.concatenate([latents, latents]) if guided else latents
+                batch = np.concatenate([latents, latents]) if guidance.on else latents
                 prediction = host(run({"latents": batch, "step": np.array([step])}), "prediction")
                 if not np.isfinite(prediction).all():
                     raise EngineError(
                         f"{stage} made numbers that are not finite in step {step + 1} of {len(schedule)}; "
                         "its precision overflows: export it with --precision bf16 or fp32"
                     )
-                if guided:
+                if guidance.on:
                     count = len(latents)
-                    prediction = guide(prediction[:count], prediction[count:], scale, rescale)
+                    prediction = guide(prediction[:count], prediction[count:], guidance.scale, guidance.rescale)
                 x0 = predict_x0(schedule, step, latents, prediction)
-                latents = denoise_step(schedule, step, latents, prediction, source.normal(latents.shape))
+                latents = denoise_step(schedule, step, latents, prediction, loop.noise.normal(latents.shape))
                 result = x0 if schedule.returns_x0 else latents
-                if callback is not None:
-                    changed = callback(owner, step, float(schedule.ratios[step]), {"latents": latents})
+                if loop.callback is not None:
+                    changed = loop.callback(owner, step, float(schedule.ratios[step]), {"latents": latents})
                     if changed is not None and not isinstance(changed, Mapping):
                         raise RequestError(
                             f"a callback returned {type(changed).__name__}; it may return a dict or None"
