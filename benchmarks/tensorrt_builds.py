@@ -35,6 +35,7 @@ def rows(bundle: Bundle, targets: list[Target], shapes: str) -> Iterator[dict[st
                 hashes = files[graph.file]["sha256"], weights
                 plan = build_plan(target, graph, bundle.path, hashes, specs[graph.spec.name], path)
                 yield {
+                    "model": bundle.manifest.model.size,
                     "engine": graph.spec.name,
                     "precision": graph.precision,
                     "sm": list(target.sm),
