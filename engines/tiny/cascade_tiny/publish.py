@@ -22,18 +22,18 @@ from cascade_tiny.text import MAX_TOKENS, build_tokenizer
 
 # Measured on held-out captions; see the model card.
 SAMPLING: dict[str, Any] = {
-    "sampler": "diffusers",
+    "sampler": "original",
     "diffusers": {
         "prior_num_inference_steps": 20,
-        "prior_guidance_scale": 4.0,
+        "prior_guidance_scale": 1.2,
         "num_inference_steps": 10,
         "decoder_guidance_scale": 0.0,
     },
     "original": {
         "prior_num_inference_steps": 20,
-        "prior_guidance_scale": 4.0,
+        "prior_guidance_scale": 1.5,
         "num_inference_steps": 10,
-        "decoder_guidance_scale": 1.1,
+        "decoder_guidance_scale": 1.0,
     },
 }
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

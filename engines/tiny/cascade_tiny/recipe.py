@@ -35,7 +35,7 @@ SEMANTIC = EffNetConfig(
         ("fused", 1, 3, 2, 32, 1),
         ("fused", 2, 3, 2, 64, 2),
         ("mb", 2, 3, 2, 96, 2),
-        ("mb", 3, 5, 2, 128, 3),
+        ("mb", 2, 5, 2, 128, 3),
     ),
     stem_channels=16,
     last_channels=192,
@@ -173,9 +173,9 @@ class Plan:
 PLANS: dict[str, dict[str, Plan]] = {
     "cpu": {
         "a": Plan(steps=1500, batch=16, rate=2e-3, ema=0.99),
-        "text-c": Plan(steps=5000, batch=32, rate=1e-3),
-        "b": Plan(steps=4000, batch=16, rate=1e-3),
-        "semantic": Plan(steps=3500, batch=16, rate=1e-3, ema=0.99),
+        "text-c": Plan(steps=5400, batch=32, rate=1e-3),
+        "b": Plan(steps=6500, batch=8, rate=1.5e-3),
+        "semantic": Plan(steps=1500, batch=16, rate=1e-3, ema=0.99),
     },
     "cuda": {
         "a": Plan(steps=6000, batch=32, rate=2e-3),
@@ -187,9 +187,11 @@ PLANS: dict[str, dict[str, Plan]] = {
 SEED = 1
 SCENES_B = 8_000  # training scenes with Stage A's latents kept ready; 32 kB each
 SCENES_C = 24_000  # training scenes with their meaning and captions kept ready; 6 kB each
+SCENES_OUTLINE = 3000  # training scenes whose outlines are taught to Stage B beforehand
+OUTLINE_STEPS = 6500
 CAPTIONS = 6  # different captions of each training scene
 
 CROP = 128  # Stage A is convolutional: crops cost a quarter of whole pictures and hold as many edges
-CONDITION_NOISE = 0.08  # on Stage B's condition: at run time it comes from Stage C, which is not exact
+CONDITION_NOISE = 0.03  # on Stage B's condition: at run time it comes from Stage C, which is not exact
 CAPTION_DROPOUT = 0.1  # share of empty captions: what guidance steers away from
 EFFNET_DROPOUT = 0.05  # share of Stage B's conditions set to zero, for guidance likewise
