@@ -35,7 +35,9 @@ def run_command(command: Callable[[], None]) -> int:
     Returns:
         0 done, 1 the work failed, 2 the request was wrong.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    global _interrupted  # noqa: PLW0603 - a process has one pair of signal handlers
+    _interrupted = False
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         command()
     except (RequestError, BundleNotFoundError, MissingCheckpointError) as error:
@@ -52,7 +54,8 @@ def run_command(command: Callable[[], None]) -> int:
     except OSError as error:
         return _fail(f"the system refused: {error.strerror or error}", FAILED)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return DONE
 
 
@@ -80,8 +83,26 @@ def main_info(argv: Sequence[str] | None = None) -> int:
     return run_command(command)
 
 
+_interrupted = False
+
+
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    global _interrupted  # noqa: PLW0603 - see `run_command`
+    _interrupted = True
     raise KeyboardInterrupt
+
+
+def check_interrupt() -> None:
+    """Stop here if a signal came that was lost.
+
+    Python ignores what a signal handler raises while it runs a callback of the interpreter's own (a weak reference's,
+    a destructor's), and tracing a network runs thousands of those.
+
+    Raises:
+        KeyboardInterrupt: a signal came since the command began.
+    """
+    if _interrupted:
+        raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> int:

@@ -28,6 +28,7 @@ from cascade_rt.bundle import (
     SamplerPreset,
     group,
 )
+from cascade_rt.commands import check_interrupt
 from cascade_rt.errors import CheckpointError, EngineError, RequestError
 from cascade_rt.stages import ENGINES, EngineSpec, StageName, engines_of
 from cascade_rt.text import TokenizerRecord
@@ -376,3 +377,4 @@ def _tools() -> dict[str, str]:
 def _bar(total: int, what: str, quiet: bool, **options: Any) -> Iterator[Any]:
     with tqdm(total=total, desc=what, leave=False, disable=True if quiet else None, **options) as bar:
         yield bar
+    check_interrupt()

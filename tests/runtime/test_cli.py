@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -142,3 +143,20 @@ def test_ctrl_c_while_loading_is_one_line(shipped: Path, tmp_path: Path) -> None
         _, errors = running.communicate(timeout=60)
         assert "Traceback" not in errors
         assert {p.name for p in tmp_path.iterdir()} <= {"x.png"}
+
+
+def test_an_interrupt_that_was_lost_is_not_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python drops what a handler raises inside a destructor; the command stops at the next checkpoint."""
+    import signal
+
+    from cascade_rt.commands import check_interrupt, run_command
+
+    def command() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        check_interrupt()
+        raise AssertionError("went on")
+
+    assert run_command(command) == 1
+    assert capsys.readouterr().err == "error: interrupted; nothing half-written was left behind\n"
+    assert run_command(check_interrupt) == 0
