@@ -134,9 +134,14 @@ def test_ctrl_c_while_loading_is_one_line(shipped: Path, tmp_path: Path) -> None
 
     out = tmp_path / "x.png"
     arguments = ["x", "--bundle", str(shipped), "-o", str(out)]
-    code = f"import sys; from cascade_rt.commands import main_run; sys.exit(main_run({arguments!r}))"
-    for wait in (0.3, 0.6):
-        running = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    code = "import sys; from cascade_rt.commands import main_run; print('ready', flush=True); "
+    code += f"sys.exit(main_run({arguments!r}))"
+    for wait in (0.05, 0.2, 0.4):
+        running = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
         time.sleep(wait)
         if running.poll() is None:
             running.send_signal(signal.SIGINT)
