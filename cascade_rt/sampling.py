@@ -109,7 +109,7 @@ def _diffusers(steps: int, prediction_type: PredictionType, scaler: float, s: fl
 
 
 def _torch_linspace(count: int) -> Float64:
-    """``torch.linspace(1, 0, count)``: float32 values, counted from both ends towards the middle.
+    """``torch.linspace(1, 0, count)``, to one unit in the last place: float32, counted from both ends to the middle.
 
     The network sees these ratios times 10,000, so that one unit in the last place is one in the embedding's third.
     """
