@@ -7,11 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import BundleNotFoundError, CascadeError, MissingCheckpointError, RequestError
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+INTERRUPTED = "interrupted; nothing half-written was left behind"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -38,25 +39,41 @@ def run_command(command: Callable[[], None]) -> int:
     global _interrupted  # noqa: PLW0603 - a process has one pair of signal handlers
     _interrupted = False
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    unraisable, sys.unraisablehook = sys.unraisablehook, _quiet_interrupts
     try:
         command()
-    except (RequestError, BundleNotFoundError, MissingCheckpointError) as error:
-        return _fail(str(error), WRONG_REQUEST)
-    except CascadeError as error:
-        return _fail(str(error), FAILED)
-    except MemoryError:
-        return _fail("there is not enough memory for this", FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing half-written was left behind", FAILED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone, and no message would reach it
-        return FAILED
-    except OSError as error:
-        return _fail(f"the system refused: {error.strerror or error}", FAILED)
+        return _fail(INTERRUPTED, FAILED)
+    except Exception as error:
+        # an interrupt in the middle of an import comes out as whatever the import makes of it
+        return _fail(INTERRUPTED, FAILED) if _interrupted else _report(error)
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
     return DONE
+
+
+def _report(error: Exception) -> int:
+    """One line and the exit code for an error; what is not expected goes on as it is."""
+    if isinstance(error, RequestError | BundleNotFoundError | MissingCheckpointError):
+        return _fail(str(error), WRONG_REQUEST)
+    if isinstance(error, CascadeError):
+        return _fail(str(error), FAILED)
+    if isinstance(error, MemoryError):
+        return _fail("there is not enough memory for this", FAILED)
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()  # the reader of our output has gone, and no message would reach it
+        return FAILED
+    if isinstance(error, OSError):
+        return _fail(f"the system refused: {error.strerror or error}", FAILED)
+    raise error
+
+
+def _quiet_interrupts(unraisable: Any) -> None:
+    """Python prints what it cannot raise; an interrupt is reported by the command itself."""
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def main_run(argv: Sequence[str] | None = None) -> int:
