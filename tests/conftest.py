@@ -37,5 +37,5 @@ def shipped() -> Path:
     """The bundle that is shipped in the package."""
     path = default_bundle_path()
     if not (path / MANIFEST).is_file():
-        pytest.skip(f"there is no shipped bundle at {path}")
+        pytest.fail(f"there is no shipped bundle at {path}: the package is not whole")
     return path

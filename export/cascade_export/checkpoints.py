@@ -93,7 +93,9 @@ class RandomCheckpoint:
         return None if config is None else Component(config, None, seed=self.seed)
 
     def tokenizer(self) -> TokenizerSource | None:
-        """A byte tokenizer: with random weights any vocabulary is as good as CLIP's, which needs a download."""
+        """The shipped one for tiny, whose vocabulary is small; else bytes: CLIP's vocabulary needs a download."""
+        if self.size == "tiny":
+            return BundleCheckpoint(default_bundle_path()).tokenizer()
         config = presets.config_of(self.size, "text_encoder")
         return None if config is None else byte_tokenizer(config)
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from cascade_rt.bundle import LoopDefaults, SamplerPreset, find_bundle
-from cascade_rt.errors import BundleNotFoundError
 from cascade_rt.stages import Size
 
 from .components import ScheduleFacts
@@ -98,51 +97,6 @@ CONFIGS: dict[Size, dict[str, dict[str, Any]]] = {
 }
 """Component configs of the official sizes (facts: the published ``config.json`` files)."""
 
-_UNTRAINED_TINY: dict[str, dict[str, Any]] = {
-    "stage_c": asdict(
-        replace(
-            _PRIOR,
-            conditioning_dim=64,
-            block_out_channels=(64, 64),
-            num_attention_heads=(2, 2),
-            down_num_layers_per_block=(1, 2),
-            up_num_layers_per_block=(2, 1),
-            clip_text_in_channels=64,
-            clip_text_pooled_in_channels=64,
-            clip_image_in_channels=64,
-        )
-    ),
-    "stage_b": asdict(
-        replace(
-            _DECODER,
-            conditioning_dim=64,
-            block_out_channels=(32, 48, 64),
-            num_attention_heads=(-1, -1, 2),
-            down_num_layers_per_block=(1, 1, 1),
-            up_num_layers_per_block=(1, 1, 1),
-            down_blocks_repeat_mappers=(1, 1, 1),
-            up_blocks_repeat_mappers=(1, 1, 1),
-            block_types_per_layer=(_CONV_BLOCKS, _CONV_BLOCKS, BLOCK_TYPES),
-            clip_text_pooled_in_channels=64,
-            dropout=(0.0, 0.0, 0.0),
-            self_attn=(True, True, True),
-        )
-    ),
-    "stage_a": asdict(StageAConfig(bottleneck_blocks=2, embed_dim=64, num_vq_embeddings=16, scale_factor=1.0)),
-    "text_encoder": _CLIP_G
-    | {
-        "vocab_size": 514,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "projection_dim": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "bos_token_id": 512,
-        "eos_token_id": 513,
-        "pad_token_id": 513,
-    },
-}
-
 
 def config_of(size: Size, component: str) -> dict[str, Any] | None:
     """The config of a component, None if the size has no such component.
@@ -151,10 +105,7 @@ def config_of(size: Size, component: str) -> dict[str, Any] | None:
     """
     if size != "tiny":
         return CONFIGS[size][component]
-    try:
-        models = find_bundle(None).manifest.models
-    except BundleNotFoundError:
-        return _UNTRAINED_TINY.get(component)
+    models = find_bundle(None).manifest.models
     return dict(models[component].config) if component in models else None
 
 
