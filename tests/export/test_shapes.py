@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cascade_export.graphs import dims_of
-from cascade_export.presets import _UNTRAINED_TINY, CONFIGS
+from cascade_export.presets import Size, config_of
 from cascade_export.shapes import DEFAULT_SHAPES, narrow, parse_shapes, profile
 from cascade_rt.bundle import ModelFacts
 from cascade_rt.errors import RequestError
@@ -16,9 +16,12 @@ TINY = ModelFacts("cascade-tiny", "tiny", "somewhere", "some", 256, 256)
 MULTIPLE = {"big": 8, "tiny": 8}
 
 
-def specs(size: str, *stages: StageName) -> list[EngineSpec]:
-    configs = CONFIGS["big"] if size == "big" else _UNTRAINED_TINY
-    return [e.resolve(dims_of(e.name, configs[e.model]), "fp16") for stage in stages for e in engines_of(stage)]
+def specs(size: Size, *stages: StageName) -> list[EngineSpec]:
+    return [
+        e.resolve(dims_of(e.name, config_of(size, e.model) or {}), "fp16")
+        for stage in stages
+        for e in engines_of(stage)
+    ]
 
 
 def sizes(found: AxisRange) -> tuple[int, int, int]:
@@ -29,7 +32,7 @@ def granularity(found: list[EngineSpec]) -> int:
     return next((e.ranges["height"].multiple for e in found if e.name == "stage_b.step"), 1)
 
 
-def made(size: str, text: str, *stages: StageName) -> dict[str, EngineSpec]:
+def made(size: Size, text: str, *stages: StageName) -> dict[str, EngineSpec]:
     found = specs(size, *stages)
     return narrow(found, parse_shapes(text), BIG if size == "big" else TINY, granularity(found))
 
