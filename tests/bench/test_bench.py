@@ -1,0 +1,177 @@
+"""``cascade-bench``: rows that can be trusted, and reasons where there is none."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cascade_bench import cli, jobs, race, report, roofline
+from cascade_bench.jobs import OURS, Job
+from cascade_rt.bundle import find_bundle
+
+# what the contract promises of every row
+KEYS = {
+    *("what", "size", "peer", "provider", "precision", "batch", "pixels", "repeats", "median_s", "p10_s", "p90_s"),
+    *("ratio_to_eager", "peak_mib", "load_s", "first_s", "rel_error", "roofline_share", "skipped"),
+}
+
+
+def job(what: str, peer: str = OURS, **changes: Any) -> Job:
+    shipped = str(find_bundle(None).path)
+    return replace(Job(what, peer, "cpu", "fp32", "tiny", 1, 64, (2, 1), shipped, 1), **changes)
+
+
+def run(*rivals: Job, repeats: int = 2) -> list[race.Row]:
+    return race.run(rivals, {}, [None] * len(rivals), repeats, limit=300, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A whole run of the command: Stage A and a picture of two steps."""
+    folder = tmp_path_factory.mktemp("bench")
+    words = ["--stage", "a", "--stage", "picture", "--steps", "2,1", "--repeat", "2", "--threads", "1", "--quiet"]
+    files = ["--json", str(folder / "r.json"), "--plot", str(folder / "r.png"), "--work", str(folder)]
+    assert cli.main([*words, *files]) == 0
+    assert (folder / "r.png").stat().st_size > 5000
+    read: dict[str, Any] = json.loads((folder / "r.json").read_text())
+    return read
+
+
+def test_a_run_says_what_it_ran_on_and_has_every_column(result: dict[str, Any]) -> None:
+    assert result["machine"]["threads"] == 1
+    assert {"python", "torch", "diffusers", "onnxruntime"} <= result["versions"].keys()
+    assert all(row.keys() >= KEYS for row in result["rows"])
+    assert [(r["what"], r["peer"]) for r in result["rows"]] == [
+        (what, peer) for what in ("stage_a.decode", "picture") for peer in ("eager", OURS)
+    ]
+
+
+def test_both_sides_compute_the_same(result: dict[str, Any]) -> None:
+    for row in result["rows"]:
+        assert row["skipped"] is None
+        assert 0 < row["p10_s"] <= row["median_s"] <= row["p90_s"]
+        if row["peer"] == OURS:
+            # fp32 on both sides: another picture, other weights or another sampler would be of the order of one
+            assert 0 < row["rel_error"] < 1e-4
+    eager, ours = (
+        next(r for r in result["rows"] if r["what"] == "picture" and r["peer"] == p) for p in ("eager", OURS)
+    )
+    assert ours["ratio_to_eager"] == pytest.approx(eager["median_s"] / ours["median_s"])
+    assert eager["ratio_to_eager"] == 1
+
+
+def test_shares_of_the_roofline_are_shares(result: dict[str, Any]) -> None:
+    shares = [row["roofline_share"] for row in result["rows"] if row["what"] == "stage_a.decode"]
+    assert all(0 < share < 1 for share in shares)
+    assert all(row["roofline_share"] is None for row in result["rows"] if row["what"] == "picture")
+
+
+@pytest.mark.parametrize("what", ["stage_c.step", "stage_b.step", "text_encoder"])
+def test_one_call_of_every_network_matches_eager(what: str) -> None:
+    eager, ours = run(job(what, "eager", batch=2), job(what, batch=2), repeats=1)
+    assert (eager.skipped, ours.skipped) == (None, None)
+    assert eager.rel_error is None
+    assert ours.rel_error is not None
+    assert ours.rel_error < 2e-5
+
+
+def test_a_row_without_eager_beside_it_still_has_its_error() -> None:
+    (ours,) = run(job("stage_a.decode"), repeats=1)
+    assert ours.rel_error is not None
+    assert ours.rel_error < 2e-5
+    assert ours.ratio_to_eager is None
+
+
+def test_an_absent_provider_is_a_row_with_its_reason() -> None:
+    ours, cuda = run(job("stage_a.decode"), job("stage_a.decode", provider="tensorrt"), repeats=1)
+    assert ours.median_s is not None
+    assert cuda.median_s is None
+    assert "tensorrt" in str(cuda.skipped)
+
+
+def test_a_process_that_dies_or_hangs_is_a_row_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "worker.sh"
+    monkeypatch.setattr(sys, "executable", str(script))
+    for text, reason in (("kill -9 $$", "exit status -9"), ("exec sleep 60", "more than 1 s")):
+        script.write_text(f"#!/bin/sh\n{text}\n")
+        script.chmod(0o755)
+        with pytest.raises(race.RacerError, match=reason):
+            race.start(job("stage_a.decode"), tmp_path / "none.npz", tmp_path, limit=1)
+
+
+def test_contexts_are_timed_for_us_alone() -> None:
+    eager, ours = run(job("stage_c.context", "eager", batch=2), job("stage_c.context", batch=2), repeats=1)
+    assert "inside every step" in str(eager.skipped)
+    assert ours.median_s is not None
+    assert ours.rel_error is None
+
+
+def test_the_host_share_of_a_loop_is_measured() -> None:
+    (loop,) = run(job(jobs.HOST, batch=2), repeats=1)
+    assert loop.host_share is not None
+    assert 0 < loop.host_share < 0.9
+    assert loop.steps == (2, 1)
+
+
+def test_error_is_taken_in_float64_and_refuses_what_is_not_finite() -> None:
+    a = np.full(10, 1e8, np.float32)
+    b = a.copy()
+    b[0] += 8
+    assert race.relative_error(b, a) == pytest.approx(8 / (1e8 * np.sqrt(10)))
+    b[0] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        race.relative_error(b, a)
+    with pytest.raises(ValueError, match="shape"):
+        race.relative_error(a[:3], a)
+
+
+def test_work_is_counted_on_the_hot_step_alone() -> None:
+    step, context = (roofline.count(job(what, batch=2)) for what in ("stage_c.step", "stage_c.context"))
+    assert step is not None
+    assert context is not None
+    config = find_bundle(None).manifest.models["stage_c"].config
+    widths = config["block_out_channels"]
+    # one 1x1 convolution of the first block alone, width -> 4 x width over the 2 x 2 latents of two rows
+    assert step.flops > 2 * 2 * 4 * widths[0] * 4 * widths[0]
+    assert 0 < step.parameters < 2_458_096
+    assert context.flops > 0
+    assert roofline.count(job(jobs.PICTURE)) is None
+    roof = roofline.Roof({"fp32": step.flops / 2, "bf16": 1e18}, step.parameters * 4)
+    assert step.seconds(roof, "fp32") == pytest.approx(2)
+    assert step.seconds(roof, "bf16") == pytest.approx(0.5)  # bound by its weights' bytes
+    assert step.seconds(roof, "fp16") is None
+
+
+def test_the_table_keeps_losing_and_skipped_rows() -> None:
+    won = race.Row("stage_c.step", "small", OURS, "cpu", "fp32", 2, 1024, median_s=1.5, p10_s=1.4, p90_s=1.6)
+    lost = replace(won, median_s=30.0, p10_s=29.0, p90_s=31.0, ratio_to_eager=0.31, rel_error=1.2e-6)
+    gone = replace(won, peer="compile", median_s=None, skipped="no compiler")
+    text = report.table([asdict(row) for row in (won, lost, gone)])
+    assert len(text.splitlines()) == 5
+    assert "0.31" in text
+    assert "skipped: no compiler" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--peer", "nobody"], "nobody"),
+        (["--provider", "abacus"], "abacus"),
+        (["--batch", "0"], "'0' is not accepted"),
+        (["--repeat", "0"], "--repeat 0"),
+        (["--steps", "20"], "--steps takes two numbers"),
+        (["--pixels", "63"], "'63'"),
+        (["--json", "/"], "is a folder"),
+    ],
+)
+def test_wrong_requests_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
