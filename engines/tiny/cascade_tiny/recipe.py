@@ -187,8 +187,10 @@ PLANS: dict[str, dict[str, Plan]] = {
 SEED = 1
 SCENES_B = 8_000  # training scenes with Stage A's latents kept ready; 32 kB each
 SCENES_C = 24_000  # training scenes with their meaning and captions kept ready; 6 kB each
-SCENES_OUTLINE = 3000  # training scenes whose outlines are taught to Stage B beforehand
-OUTLINE_STEPS = 6500
+SCENES_OUTLINE = 6000  # training scenes whose outlines are taught to Stage B beforehand
+OUTLINE_STEPS = 12_000
+OUTLINE_BATCH = 4096  # single positions
+OUTLINE_NOISE = 0.05  # on what is seen of colours, radius and kind
 CAPTIONS = 6  # different captions of each training scene
 
 CROP = 128  # Stage A is convolutional: crops cost a quarter of whole pictures and hold as many edges

@@ -191,9 +191,10 @@ class TrainB(Task):
     stage = "b"
 
     def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
+        mapper = cast("Denoiser", self.networks["b"]).effnet_mapper
+        mapper.requires_grad_(False)  # its file is either not there yet or holds a taught one
         if not (out / f"{self.stage}.pt").is_file():
-            mapper = cast("Denoiser", self.networks["b"]).effnet_mapper
-            outline.teach(mapper, self.device, quiet)
+            outline.teach(mapper.requires_grad_(), self.device, quiet)
         self.latents = latents_a(out, self.device, self.workers, quiet).to(self.device)
         self.semantic = data.meanings(len(self.latents)).to(self.device)
         self.ids = data.caption_ids(len(self.latents)).to(self.device)
