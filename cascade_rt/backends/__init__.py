@@ -37,7 +37,7 @@ def engine_runtime(provider: str) -> str:
 def resolve_provider(provider: str) -> str:
     """Turn ``auto`` into the best provider at hand, and refuse what is not there.
 
-    ``auto`` is CUDA where ONNX Runtime has it, else the CPU; OpenVINO is used when it is asked for.
+    ``auto`` is CUDA where ONNX Runtime has it, else its CPU provider; OpenVINO where it is asked for or alone.
 
     Raises:
         RequestError: an unknown name.
@@ -54,20 +54,32 @@ def resolve_provider(provider: str) -> str:
                 f"pip install 'cascade-rt[{PROVIDERS[provider]}]', and needs an NVIDIA GPU"
             )
         return provider
-    if importlib.util.find_spec("onnxruntime") is None:
+    at_hand = _graph_providers()
+    if not at_hand:
         extra = PROVIDERS.get(provider, "onnxruntime")
         raise EngineError(f"no engine runtime is installed; install one with: pip install 'cascade-rt[{extra}]'")
-    from .ort import available_providers
-
-    at_hand = available_providers()
     if provider == "auto":
-        return "cuda" if "cuda" in at_hand else "cpu"
+        return next(name for name in ("cuda", "cpu", "openvino") if name in at_hand)
     if provider not in at_hand:
         raise EngineError(
             f"provider {provider} is not available here; available: {', '.join(at_hand)}. It is installed with: "
             f"pip install 'cascade-rt[{PROVIDERS[provider]}]', and needs a device that it supports"
         )
     return provider
+
+
+def _graph_providers() -> list[str]:
+    """Providers of graphs that this installation has: ONNX Runtime's, and OpenVINO's own."""
+    found = []
+    if importlib.util.find_spec("onnxruntime") is not None:
+        from .ort import available_providers
+
+        found = available_providers()
+    from . import openvino
+
+    if "openvino" not in found and openvino.installed():
+        found.append("openvino")
+    return found
 
 
 def find_record(bundle: Bundle, name: str, provider: str) -> EngineRecord:
@@ -101,6 +113,20 @@ def open_engine(bundle: Bundle, name: str, provider: str, threads: int | None = 
     record = find_record(bundle, name, provider)
     for weights in record.weights:
         bundle.file(weights)
+    path = bundle.file(record.file)
+    if provider == "openvino" and not _plugin_knows_this_machine():
+        from .openvino import OpenVinoEngine
+
+        return OpenVinoEngine(record, path, threads)
     from .ort import OrtEngine
 
-    return OrtEngine(record, bundle.file(record.file), provider, threads)
+    return OrtEngine(record, path, provider, threads)
+
+
+def _plugin_knows_this_machine() -> bool:
+    """Whether ONNX Runtime's OpenVINO plugin is installed and has a device here."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return False
+    from .ort import available_providers
+
+    return "openvino" in available_providers()

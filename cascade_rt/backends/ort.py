@@ -20,14 +20,13 @@ import onnxruntime as ort
 
 from ..bundle import EngineRecord
 from ..errors import EngineError
-from ..stages import Precision, TensorSpec
+from ..stages import TensorSpec
 from .base import DeviceTensor, Host, Value, check_feeds
+from .openvino import PRECISION_HINT
 
 OPENVINO_LIBRARY = "onnxruntime_ep_openvino"
 OPENVINO_EP = "OpenVINOExecutionProvider"
 CUDA_EP = "CUDAExecutionProvider"
-# OpenVINO computes in bfloat16 on CPUs that can, unless told otherwise: the precision is always named
-OPENVINO_HINT: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _ORT_DTYPES = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64", "uint8": "uint8"}
 _ONNX_TYPE = {"float32": 1, "uint8": 2, "int64": 7, "float16": 10, "bfloat16": 16}
 
@@ -94,7 +93,7 @@ class OrtEngine:
             options.intra_op_num_threads = threads
         providers: list[Any] = ["CPUExecutionProvider"]
         if provider == "openvino":
-            hint = {"CPU": {"INFERENCE_PRECISION_HINT": OPENVINO_HINT[record.precision]}}
+            hint = {"CPU": {"INFERENCE_PRECISION_HINT": PRECISION_HINT[record.precision]}}
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             options.add_provider_for_devices(list(_openvino_devices()), {"load_config": json.dumps(hint)})
             providers = []
