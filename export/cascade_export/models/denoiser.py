@@ -22,6 +22,7 @@ from .blocks import (
     Conv2d,
     ConvTranspose2d,
     LayerNorm,
+    Linear,
     Pointwise,
     ResBlock,
     TimestepBlock,
@@ -236,11 +237,11 @@ class Denoiser(nn.Module):
         if config.pixel_mapper_in_channels is not None:
             self.pixels_mapper = _map_to(config.pixel_mapper_in_channels, widths[0])
         tokens = config.conditioning_dim * config.clip_seq
-        self.clip_txt_pooled_mapper = nn.Linear(config.clip_text_pooled_in_channels, tokens)
+        self.clip_txt_pooled_mapper = Linear(config.clip_text_pooled_in_channels, tokens)
         if config.clip_text_in_channels is not None:
-            self.clip_txt_mapper = nn.Linear(config.clip_text_in_channels, config.conditioning_dim)
+            self.clip_txt_mapper = Linear(config.clip_text_in_channels, config.conditioning_dim)
         if config.clip_image_in_channels is not None:
-            self.clip_img_mapper = nn.Linear(config.clip_image_in_channels, tokens)
+            self.clip_img_mapper = Linear(config.clip_image_in_channels, tokens)
         self.embedding = nn.Sequential(
             nn.PixelUnshuffle(patch), Pointwise(config.in_channels * patch**2, widths[0]), LayerNorm()
         )
@@ -406,7 +407,9 @@ class Denoiser(nn.Module):
         if context.condition_map is not None:
             x = x + context.condition_map
         time_blocks, attn_blocks = self._timestep_blocks(), self._attention_blocks()
-        rows = dict(zip(time_blocks, modulation.split([2 * b.channels for b in time_blocks], dim=-1), strict=True))
+        # one Split for all of them: a Split and two Slices each are a hundred small nodes
+        halves = iter(modulation[:, None, None].split([b.channels for b in time_blocks for _ in range(2)], dim=-1))
+        rows = dict(zip(time_blocks, zip(halves, halves, strict=True), strict=True))
         kvs = {
             block: kv
             for blocks, level_kv in zip(attn_blocks.values(), context.kv, strict=True)
@@ -421,7 +424,7 @@ class Denoiser(nn.Module):
                     if isinstance(block, ResBlock):
                         x = block(x, skip if position == 0 else None)
                     elif isinstance(block, TimestepBlock):
-                        x = block(x, rows[block])
+                        x = block(x, *rows[block])
                     elif isinstance(block, AttnBlock):
                         x = block(x, kvs[block])
                 if turn < len(repeats):

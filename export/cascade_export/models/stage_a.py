@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cascade_rt.errors import CheckpointError
 
-from .blocks import Conv2d, ConvTranspose2d, Pointwise, layer_norm
+from .blocks import Conv2d, ConvTranspose2d, Linear, Pointwise, layer_norm
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class MixingResidualBlock(nn.Module):
         super().__init__()
         # index 0 was the padding in the original Sequential; the convolution's key is depthwise.1
         self.depthwise = nn.ModuleList([nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels)])
-        self.channelwise = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
+        self.channelwise = nn.Sequential(Linear(channels, hidden), nn.GELU(), Linear(hidden, channels))
         self.gammas = nn.Parameter(torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
