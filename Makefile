@@ -9,13 +9,13 @@ PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.vers
 PROMPT ?= a large red circle at the left on a blue background
 SEED ?= 0
 
-.PHONY: help demo test test-wheel lint bench clean
+.PHONY: help demo test test-wheel lint bench bench-gpu clean
 
 help:
 	@echo "make demo   export the tiny cascade and make a picture: demo/picture.png (PROMPT=..., SEED=...)"
 	@echo "make test   run every test that this machine can run"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  measure the tiny cascade (see benchmarks/README.md)"
+	@echo "make bench  race the tiny cascade against PyTorch and judge its pictures (see benchmarks/README.md)"
 	@echo "make clean  remove what these commands made"
 
 $(BIN)/python:
@@ -48,8 +48,22 @@ test-wheel: $(VENV)/.dev
 	cd build/wheel && venv/bin/python -c 'import importlib.util as u; assert u.find_spec("torch") is None'
 	cd build/wheel && venv/bin/python -m pytest -ra --import-mode=importlib -p no:cacheprovider tests
 
-bench: $(VENV)/.demo
+$(VENV)/.bench: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) $(PINS) -e '.[bench]'
+	touch $@
+
+# exit code 1 of the accuracy: a goal was missed, and it says which
+bench: $(VENV)/.bench
+	mkdir -p build
+	$(BIN)/cascade-bench --stage text --stage c --stage b --stage a --stage picture --stage host \
+		--peer eager,compile --repeat 15 --json build/race_tiny_cpu.json --plot build/race_tiny_cpu.png
+	$(BIN)/cascade-bench --stage cold-start --stage import --repeat 7 --json build/startup.json
 	$(BIN)/python benchmarks/tiny_accuracy.py --json build/tiny_accuracy.json
+
+# on a machine with a GPU and its engine runtimes installed; WHAT=c, b or picture
+bench-gpu:
+	$(BIN)/cascade-bench --stage $(WHAT) --size big --precision bf16,fp16 --peer eager,compile \
+		--provider cuda,tensorrt,tensorrt-rtx --repeat 20 --limit 150 --json build/gpu_$(WHAT).json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from cascade_rt.backends import PROVIDERS
+from cascade_rt.backends import PROVIDERS, resolve_provider
 from cascade_rt.commands import CommandParser, run_command
-from cascade_rt.errors import RequestError
+from cascade_rt.errors import EngineError, RequestError
 from cascade_rt.paths import cache_dir
 from cascade_rt.stages import PRECISIONS, Precision, Size, StageName
 
@@ -144,34 +144,45 @@ def race(arguments: argparse.Namespace) -> None:
     }
     wanted = arguments.stage or ["text", "c", "b", "a", "picture"]
     engines = [stage for stage in wanted if stage in ENGINES_OF]
-    plans = tuple(p for p in arguments.provider if p.startswith("tensorrt"))
+    plans = tuple(p for p in arguments.provider if p.startswith("tensorrt") and _at_hand(p))
     bundles: dict[Precision, Path] = {}
     exports: list[Export] = []
     rows: list[Row] = []
+
+    def write(so_far: list[Row]) -> None:
+        if arguments.json:
+            report.write_json(report.document(so_far, facts), arguments.json)
+
     stages = list(dict.fromkeys(s for stage in engines for s in _NEEDS[stage]))
     for precision in dict.fromkeys(arguments.precision):
-        bundles[precision], made = prepare(
-            arguments.work, arguments.size, precision, stages, ("onnx", *plans) if plans else ("onnx",)
-        )
+        bundles[precision], made = prepare(arguments.work, arguments.size, precision, stages, plans)
         exports += made
+    facts["exports"] = [asdict(export) for export in exports]
     jobs = make_jobs(arguments, engines, {p: str(b) for p, b in bundles.items()})
     if jobs:
         devices = list(dict.fromkeys("cpu" if job.provider in ("cpu", "openvino") else "cuda" for job in jobs))
         roofs, work = ask(jobs, devices, arguments.threads)
         facts["roofline"] = {device: asdict(roof) for device, roof in roofs.items()}
-        rows = run_race(jobs, roofs, work, arguments.repeat, arguments.limit, arguments.quiet)
+        rows = run_race(jobs, roofs, work, arguments.repeat, arguments.limit, arguments.quiet, write)
     if "import" in wanted:
         rows += startup.imports(arguments.repeat, arguments.quiet)
         facts["installed_mib"] = startup.installed_mib("onnxruntime")
     if "cold-start" in wanted:
         rows += startup.cold_start(find_bundle(None), arguments.repeat, arguments.threads, arguments.quiet)
-    facts["exports"] = [asdict(export) for export in exports]
     result = report.document(rows, facts)
-    if arguments.json:
-        report.write_json(result, arguments.json)
+    write(rows)
     if arguments.plot:
         report.plot(result["rows"], arguments.plot)
     print(report.table(result["rows"]))
+
+
+def _at_hand(provider: str) -> bool:
+    """Whether plans for it are worth building; its rows say why not otherwise."""
+    try:
+        resolve_provider(provider)
+    except EngineError:
+        return False
+    return True
 
 
 def make_jobs(arguments: argparse.Namespace, engines: Sequence[str], bundles: dict[Precision, str]) -> list[Any]:

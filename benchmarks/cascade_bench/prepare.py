@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,33 +47,38 @@ def bundle_folder(folder: Path, size: Size, precision: Precision) -> Path:
 
 
 def prepare(
-    folder: Path, size: Size, precision: Precision, stages: list[StageName], targets: tuple[str, ...] = ("onnx",)
+    folder: Path, size: Size, precision: Precision, stages: list[StageName], plans: tuple[str, ...] = ()
 ) -> tuple[Path, list[Export]]:
-    """Exports what is not there yet.
+    """Exports what is not there yet. A plan that cannot be built is a line on standard error: its row will say so too.
 
     Args:
         folder: where bundles are kept from run to run.
         size: of the cascade.
         precision: of the engines.
         stages: that are wanted.
-        targets: ``onnx``, and runtimes that need plans.
+        plans: runtimes that need plans of their own.
 
     Returns:
         The bundle, and the exports that were done.
 
     Raises:
-        CascadeError: an export failed; with its last line.
+        CascadeError: an export to ONNX failed; with its last line.
     """
     made: list[Export] = []
     bundle = bundle_folder(folder, size, precision)
     for stage in stages:
-        wanted = [t for t in targets if not _has(bundle, stage, t)]
-        if not wanted:
-            continue
-        if size == "tiny" and precision == "fp32" and wanted != ["onnx"]:
-            raise CascadeError("plans are not added to the shipped bundle; race tiny plans in fp16 or bf16")
         source = [] if size == "tiny" else ["--checkpoint", "random:0"]
-        made.append(_export(bundle, size, precision, stage, [*source, *(x for t in wanted for x in ("--target", t))]))
+        if not _has(bundle, stage, "onnx"):
+            made.append(_export(bundle, size, precision, stage, source))
+        for plan in plans:
+            if _has(bundle, stage, plan):
+                continue
+            try:
+                if size == "tiny" and precision == "fp32":
+                    raise CascadeError("plans are not added to the shipped bundle; race tiny's in fp16 or bf16")
+                made.append(_export(bundle, size, precision, stage, [*source, "--target", plan]))
+            except CascadeError as error:
+                print(f"no {plan} plan of stage {stage}: {error}", file=sys.stderr)
     return bundle, made
 
 
@@ -85,8 +91,6 @@ def _has(bundle: Path, stage: StageName, target: str) -> bool:
 
 
 def _export(bundle: Path, size: Size, precision: Precision, stage: StageName, more: list[str]) -> Export:
-    import time
-
     command = ["--stage", stage, "--size", size, "--precision", precision, "--no-verify", "--out", str(bundle), *more]
     print(f"exporting: cascade-export {' '.join(command)}", file=sys.stderr)
     started = time.perf_counter()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,7 @@ def run(
     repeats: int,
     limit: float,
     quiet: bool,
+    after_task: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Races jobs, task by task. Ctrl-C stops every process.
 
@@ -192,6 +193,7 @@ def run(
         repeats: timed calls of each.
         limit: seconds that a load or a call may take.
         quiet: no progress bar.
+        after_task: is given all rows so far whenever a task is done: what comes after it may take too long.
 
     Returns:
         A row a job, in the jobs' order.
@@ -203,6 +205,7 @@ def run(
         for task in dict.fromkeys(job.task for job in jobs):
             rivals = [job for job in jobs if job.task == task]
             rows |= _race_task(rivals, asked, roofs, repeats, limit, Path(folder), bar)
+            after_task(list(rows.values()))
     return [rows[job] for job in jobs]
 
 

@@ -5,6 +5,7 @@ The other side of the race to a PNG is the shortest honest script of diffusers, 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,22 +17,27 @@ from pathlib import Path
 
 import numpy as np
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
 from cascade_bench.jobs import OURS, PROMPT
 from cascade_bench.race import Row
 from cascade_rt.bundle import Bundle
+from cascade_rt.errors import CascadeError
 
 _IMPORTS = {
     (OURS, "import cascade_rt"): "import cascade_rt",
     (OURS, "import CascadePipeline"): "from cascade_rt import CascadePipeline",
     ("eager", "import StableCascadeCombinedPipeline"): "from diffusers import StableCascadeCombinedPipeline",
 }
+_PACKAGES = ("cascade_rt", "cascade_export", "cascade_tiny", "cascade_bench")
 _TIMED = "import time; t = time.perf_counter()\n{code}\nprint(time.perf_counter() - t)"
 _THEIR_SCRIPT = """
 import sys
 from diffusers import StableCascadeCombinedPipeline
-pipe = StableCascadeCombinedPipeline.from_pretrained(sys.argv[1])
+from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+vqgan = PaellaVQModel.from_pretrained(sys.argv[1] + "/vqgan")  # not found by its name in model_index.json any more
+pipe = StableCascadeCombinedPipeline.from_pretrained(sys.argv[1], vqgan=vqgan)
 options = dict(width=256, height=256, prior_num_inference_steps=20, num_inference_steps=10, prior_guidance_scale=1.2)
 pipe(sys.argv[2], **options, decoder_guidance_scale=0.0).images[0].save(sys.argv[3])
 """
@@ -129,12 +135,20 @@ def _timed(row: Row, seconds: list[float]) -> Row:
     return replace(row, repeats=len(seconds), median_s=median, p10_s=p10, p90_s=p90)
 
 
+def _folder(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise CascadeError(f"the package {package} of this distribution cannot be found; install it again")
+    return spec.submodule_search_locations[0]
+
+
 def installed_mib(extra: str) -> dict[str, float]:
     """MiB on disk of this package and all that one of its extras brings, by package."""
     sizes: dict[str, float] = {}
     waiting = [(OURS, extra)]
     while waiting:
         name, wanted = waiting.pop()
+        name = canonicalize_name(name)
         if name in sizes:
             continue
         try:
@@ -142,6 +156,8 @@ def installed_mib(extra: str) -> dict[str, float]:
         except metadata.PackageNotFoundError:
             continue
         files = [Path(str(f.locate())) for f in found.files or () if f.suffix != ".pyc"]
+        if name == OURS:  # in an editable installation its files lie elsewhere
+            files = [f for package in _PACKAGES for f in Path(_folder(package)).rglob("*") if f.suffix != ".pyc"]
         sizes[name] = sum(f.stat().st_size for f in files if f.is_file()) / 2**20
         for text in found.requires or ():
             requirement = Requirement(text)

@@ -13,6 +13,7 @@ from cascade_export.components import Component
 from cascade_export.graphs import CALLS, dims_of
 from cascade_export.loading import weights_of
 from cascade_export.models import build_model
+from cascade_export.models.blocks import GlobalResponseNorm
 from cascade_export.trace import OPSET, WEIGHT_DTYPE, save, trace
 from cascade_export.weights import write_safetensors
 from cascade_rt.stages import ENGINES, Precision
@@ -46,6 +47,35 @@ def test_an_engine_traces(name: str, precision: Precision, tmp_path: Path) -> No
         keys = build_model(spec.model, config).state_dict().keys()
     assert external == set(traced.weights)
     assert external <= set(keys)
+
+
+def test_matrices_go_into_products_as_the_checkpoint_has_them(tmp_path: Path) -> None:
+    """A weight behind a Transpose would be copied by every runtime that loads the graph."""
+    config = json.loads(json.dumps(SMALL_CONFIGS["stage_c"]))
+    traced = trace(ENGINES["stage_c.step"].resolve(dims_of("stage_c.step", config), "fp32"), config, "fp32")
+    source = weights_of("stage_c", config, Component(config, None))
+    places = write_safetensors(tmp_path / "w.safetensors", traced.weights, source, torch.float32)
+    save(traced, tmp_path / "g.onnx", "w.safetensors", places, torch.float32)
+    graph = onnx.load(tmp_path / "g.onnx", load_external_data=False).graph
+    weights = {i.name for i in graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL}
+    transposed = [n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights]
+    products = [n for n in graph.node if n.op_type == "Gemm" and n.input[1] in weights]
+    assert not transposed
+    assert len(products) >= sum(name.endswith((".0.weight", ".4.weight")) for name in weights if "channelwise" in name)
+    assert all(len(n.input) == 3 for n in products), "the bias belongs into the product"
+
+
+def test_a_channel_that_is_silent_everywhere_does_not_end_a_training() -> None:
+    norm = GlobalResponseNorm(2)
+    x = torch.zeros(1, 2, 2, 2)
+    x[..., 1] = torch.arange(4.0).view(1, 2, 2)
+    x.requires_grad_()
+    with torch.no_grad():
+        norm.gamma.fill_(0.5)
+    norm(x).square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().max() > 0
 
 
 def test_every_engine_has_a_call() -> None:

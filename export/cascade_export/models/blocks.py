@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-6
 GRN_EPS = 1e-6
+_LEAST_SQUARES = 1e-30
 
 
 def layer_norm(x: Tensor, stream_scale: float = 1.0) -> Tensor:
@@ -132,7 +133,8 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        response = (wide * wide).sum(dim=(1, 2), keepdim=True).sqrt()
+        # a square root has no slope at nought, where a channel that is silent everywhere would end a training
+        response = (wide * wide).sum(dim=(1, 2), keepdim=True).clamp_min(_LEAST_SQUARES).sqrt()
         response = response / (response.mean(dim=-1, keepdim=True) + GRN_EPS)
         # the stream's factor is taken here, where it costs nothing: the Linear behind this then adds small numbers
         scale = shrink(1 + self.gamma.float() * response, self.stream_scale).to(x.dtype)
