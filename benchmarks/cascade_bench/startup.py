@@ -34,10 +34,11 @@ _PACKAGES = ("cascade_rt", "cascade_export", "cascade_tiny", "cascade_bench")
 _TIMED = "import time; t = time.perf_counter()\n{code}\nprint(time.perf_counter() - t)"
 _THEIR_SCRIPT = """
 import sys
+import diffusers
 from diffusers import StableCascadeCombinedPipeline
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
-vqgan = PaellaVQModel.from_pretrained(sys.argv[1] + "/vqgan")  # not found by its name in model_index.json any more
-pipe = StableCascadeCombinedPipeline.from_pretrained(sys.argv[1], vqgan=vqgan)
+diffusers.PaellaVQModel = PaellaVQModel  # model_index.json names it there, and it is there no more
+pipe = StableCascadeCombinedPipeline.from_pretrained(sys.argv[1])
 options = dict(width=256, height=256, prior_num_inference_steps=20, num_inference_steps=10, prior_guidance_scale=1.2)
 pipe(sys.argv[2], **options, decoder_guidance_scale=0.0).images[0].save(sys.argv[3])
 """
@@ -88,12 +89,11 @@ def cold_start(bundle: Bundle, repeats: int, threads: int, quiet: bool) -> list[
         except Exception as error:  # a missing library is an entry in the table
             failed["eager"] = str(error)
         seconds: dict[str, list[float]] = {OURS: [], "eager": []}
-        peaks: dict[str, float] = {}
         for _ in tqdm(range(repeats + 1), desc="cold start", disable=True if quiet else None, leave=False):
             for peer, command in commands.items():
                 if peer in failed:
                     continue
-                taken, peaks[peer], reason = _whole_process(command, environment, folder / "said")
+                taken, reason = _whole_process(command, environment, folder / "said")
                 seconds[peer].append(taken)
                 if reason is not None:
                     failed[peer] = reason
@@ -102,7 +102,7 @@ def cold_start(bundle: Bundle, repeats: int, threads: int, quiet: bool) -> list[
             if row.peer in failed:
                 rows.append(replace(row, skipped=failed[row.peer]))
             else:
-                rows.append(replace(_timed(row, seconds[row.peer][1:]), peak_mib=peaks.get(row.peer)))
+                rows.append(_timed(row, seconds[row.peer][1:]))
     medians = {row.peer: row.median_s for row in rows}
     return [
         replace(row, ratio_to_eager=medians["eager"] / row.median_s if medians["eager"] and row.median_s else None)
@@ -110,18 +110,13 @@ def cold_start(bundle: Bundle, repeats: int, threads: int, quiet: bool) -> list[
     ]
 
 
-def _whole_process(command: list[str], environment: dict[str, str], log: Path) -> tuple[float, float, str | None]:
-    """Seconds, peak MiB, and why it failed, if it did."""
+def _whole_process(command: list[str], environment: dict[str, str], log: Path) -> tuple[float, str | None]:
+    """Seconds, and why it failed, if it did."""
     with log.open("w") as said:
         started = time.perf_counter()
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
+        code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=said, check=False).returncode
         seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    reason = None
-    if process.returncode:
-        reason = (log.read_text().strip().splitlines() or ["it failed"])[-1]
-    return seconds, usage.ru_maxrss / 1024, reason
+    return seconds, (log.read_text().strip().splitlines() or ["it failed"])[-1] if code else None
 
 
 def _save(bundle: Bundle, folder: Path) -> None:

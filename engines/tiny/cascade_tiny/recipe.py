@@ -173,9 +173,9 @@ class Plan:
 PLANS: dict[str, dict[str, Plan]] = {
     "cpu": {
         "a": Plan(steps=1500, batch=16, rate=2e-3, ema=0.99),
-        "text-c": Plan(steps=5400, batch=32, rate=1e-3),
-        "b": Plan(steps=6500, batch=8, rate=1.5e-3),
-        "semantic": Plan(steps=1500, batch=16, rate=1e-3, ema=0.99),
+        "text-c": Plan(steps=9000, batch=32, rate=1e-3),
+        "b": Plan(steps=20_000, batch=8, rate=1.5e-3),
+        "semantic": Plan(steps=12_000, batch=16, rate=1e-3, ema=0.99),
     },
     "cuda": {
         "a": Plan(steps=6000, batch=32, rate=2e-3),
