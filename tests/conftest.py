@@ -27,8 +27,8 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Parity and export tests need torch; the runtime's tests must pass without it."""
-    needs_torch = collection_path.name in ("parity", "export", "tiny")
+    """All but the runtime's tests need torch; the runtime's tests must pass without it."""
+    needs_torch = collection_path.name in ("parity", "export", "tiny", "bench")
     return True if needs_torch and importlib.util.find_spec("torch") is None else None
 
 
