@@ -160,7 +160,7 @@ def race(arguments: argparse.Namespace) -> None:
     facts["exports"] = [asdict(export) for export in exports]
     jobs = make_jobs(arguments, engines, {p: str(b) for p, b in bundles.items()})
     if jobs:
-        devices = list(dict.fromkeys("cpu" if job.provider in ("cpu", "openvino") else "cuda" for job in jobs))
+        devices = list(dict.fromkeys(job.device for job in jobs))
         roofs, work = ask(jobs, devices, arguments.threads)
         facts["roofline"] = {device: asdict(roof) for device, roof in roofs.items()}
         rows = run_race(jobs, roofs, work, arguments.repeat, arguments.limit, arguments.quiet, write)
@@ -187,22 +187,20 @@ def _at_hand(provider: str) -> bool:
 
 def make_jobs(arguments: argparse.Namespace, engines: Sequence[str], bundles: dict[Precision, str]) -> list[Any]:
     """Every racer of every task; PyTorch before ours, so that a row's rival is loaded when memory is short."""
-    from cascade_bench.jobs import CONTEXTS, OURS, Job
+    from cascade_bench.jobs import CONTEXTS, HOST, OURS, Job, device_of
 
     size = cast("Size", arguments.size)
     pixels = arguments.pixels or [256 if size == "tiny" else 1024]
-    on_gpu = any(p not in ("cpu", "openvino") for p in arguments.provider)
-    on_cpu = any(p in ("cpu", "openvino") for p in arguments.provider)
-    devices = [d for d, used in (("cpu", on_cpu), ("cuda", on_gpu)) if used]
+    devices = list(dict.fromkeys(device_of(p) for p in arguments.provider))
     peers = [p for p in arguments.peer if p != "none"]
     jobs: list[Job] = []
     for stage in engines:
         for what in ENGINES_OF[stage]:
-            for batch in arguments.batch or [2 if what.startswith("stage_c") or what == "prior_loop" else 1]:
+            for batch in arguments.batch or [2 if what.startswith("stage_c") or what == HOST else 1]:
                 for side in pixels:
                     for precision, bundle in bundles.items():
                         task = (size, batch, side, tuple(arguments.steps), bundle, arguments.threads)
-                        rivals = [] if what in CONTEXTS or what == "prior_loop" else peers
+                        rivals = [] if what in CONTEXTS or what == HOST else peers
                         jobs += [Job(what, peer, d, precision, *task) for d in devices for peer in rivals]
                         jobs += [Job(what, OURS, p, precision, *task) for p in arguments.provider]
     return jobs

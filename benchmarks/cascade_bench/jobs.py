@@ -25,6 +25,11 @@ PROMPT = "a large red circle at the left on a blue background"
 SEED = 0
 
 
+def device_of(provider: str) -> str:
+    """``cpu`` or ``cuda``, PyTorch's words, for a provider."""
+    return "cpu" if provider in ("cpu", "openvino") else "cuda"
+
+
 @dataclass(frozen=True)
 class Job:
     """Who runs what.
@@ -57,6 +62,11 @@ class Job:
     def label(self) -> str:
         """For progress bars and tables."""
         return f"{self.what} {self.peer} {self.provider} {self.precision}"
+
+    @property
+    def device(self) -> str:
+        """Where it computes: its roofline, and its rival, are that device's."""
+        return device_of(self.provider)
 
     @property
     def task(self) -> tuple[str, str, int, int, tuple[int, int]]:

@@ -65,7 +65,7 @@ class OurEngine(Peer):
     def __init__(self, job: Job, feeds: Feeds) -> None:
         super().__init__(job, feeds)
         provider = resolve_provider(job.provider)
-        threads = job.threads if provider in ("cpu", "openvino") else None
+        threads = job.threads if job.device == "cpu" else None
 
         def engine(name: str) -> Engine:
             return open_engine(self.bundle, name, provider, threads)
@@ -109,7 +109,7 @@ class OurPicture(Peer):
 
     def __init__(self, job: Job, feeds: Feeds) -> None:
         super().__init__(job, feeds)
-        threads = job.threads if job.provider in ("cpu", "openvino") else None
+        threads = job.threads if job.device == "cpu" else None
         self._pipe = CascadePipeline(self.bundle, job.provider, threads=threads)
         self._pipe.set_progress_bar_config(disable=True)
 

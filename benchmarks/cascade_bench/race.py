@@ -24,7 +24,7 @@ import psutil
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cascade_bench.jobs import OURS, PICTURE, Job, draw
+from cascade_bench.jobs import HOST, OURS, PICTURE, Job, draw
 from cascade_bench.roofline import Roof, Work
 from cascade_rt.bundle import find_bundle
 
@@ -276,7 +276,7 @@ def _fits(job: Job) -> bool:
 
 
 def _blank(job: Job) -> Row:
-    steps = job.steps if job.what in (PICTURE, "prior_loop") else None
+    steps = job.steps if job.what in (PICTURE, HOST) else None
     return Row(
         job.what, job.size, job.peer, job.provider, job.precision, job.batch, job.pixels, steps, threads=job.threads
     )
@@ -285,7 +285,7 @@ def _blank(job: Job) -> Row:
 def _figures(racer: Racer, work: Work | None, roofs: dict[str, Roof]) -> Row:
     job = racer.job
     p10, median, p90 = (float(x) for x in np.percentile(racer.seconds, (10, 50, 90)))
-    roof = roofs.get("cpu" if job.provider in ("cpu", "openvino") else "cuda")
+    roof = roofs.get(job.device)
     best = work.seconds(roof, job.precision) if work and roof else None
     return replace(
         _blank(job),
@@ -328,8 +328,7 @@ def _compare(
             if rival.peer == "eager"
             and rival.precision == job.precision
             and other.median_s
-            # a provider of ours runs where eager's device is
-            and (rival.provider == "cpu") == (job.provider in ("cpu", "openvino"))
+            and rival.device == job.device
         ]
         ratio = rivals[0] / row.median_s if rivals and row.median_s else None
         error = None

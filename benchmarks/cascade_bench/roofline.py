@@ -152,7 +152,7 @@ def main() -> None:
     jobs = [Job(**{**job, "steps": tuple(job["steps"])}) for job in request["jobs"]]
     roofs = {}
     for device in request["devices"]:
-        wanted = {job.precision for job in jobs if (job.provider == "cpu") == (device == "cpu")}
+        wanted = {job.precision for job in jobs if job.device == device}
         # fp16 products are emulated on CPUs: no roof for anything
         precisions = sorted(wanted - ({"fp16"} if device == "cpu" else set()))
         roofs[device] = asdict(measure(device, request["threads"], precisions))

@@ -148,6 +148,16 @@ def test_work_is_counted_on_the_hot_step_alone() -> None:
     assert step.seconds(roof, "fp16") is None
 
 
+def test_engines_on_the_cpu_share_its_roofline_whatever_runs_them() -> None:
+    """OpenVINO alone, with no rival beside it, is measured against the CPU in its own precision."""
+    jobs_asked = [job("stage_a.decode", provider="openvino", precision="bf16")]
+    roofs, (work,) = roofline.ask(jobs_asked, [j.device for j in jobs_asked], threads=1)
+    assert roofs.keys() == {"cpu"}
+    assert roofs["cpu"].flops.keys() == {"bf16"}
+    assert work is not None
+    assert work.seconds(roofs["cpu"], "bf16") is not None
+
+
 def test_the_table_keeps_losing_and_skipped_rows() -> None:
     won = race.Row("stage_c.step", "small", OURS, "cpu", "fp32", 2, 1024, median_s=1.5, p10_s=1.4, p90_s=1.6)
     lost = replace(won, median_s=30.0, p10_s=29.0, p90_s=31.0, ratio_to_eager=0.31, rel_error=1.2e-6)

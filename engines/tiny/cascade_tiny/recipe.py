@@ -169,7 +169,8 @@ class Plan:
     ema: float = 0.998
 
 
-# Two plans of one recipe. The shipped weights come from the first; the second was written for a GPU and never run.
+# Two plans of one recipe. The shipped weights took the first one's steps, not all in its order (see the
+# model card); the second was written for a GPU and never run.
 PLANS: dict[str, dict[str, Plan]] = {
     "cpu": {
         "a": Plan(steps=1500, batch=16, rate=2e-3, ema=0.99),
