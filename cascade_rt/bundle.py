@@ -114,7 +114,8 @@ class EngineRecord:
         weights: files that the graph points into.
         opset: ONNX opset, None for a plan.
         tools: versions of what made it.
-        verification: figures against fp32 PyTorch; None if the export was told not to verify.
+        verification: figures against fp32 PyTorch; None if the export was told not to verify. That of a step has
+            ``loop``, the figures of a whole denoising loop.
         target: what a plan was built for and from: ``sm`` (list of int), ``version`` of the runtime, ``profile``
             (input -> min, opt, max), ``flags``, ``graph_sha256``, ``weights_sha256``; None for a graph.
     """

@@ -172,6 +172,9 @@ def show(args: argparse.Namespace) -> None:
         inputs = ", ".join(f"{t.name}[{' x '.join(map(str, t.axes))}]" for t in record.spec.inputs)
         runtime = " ".join([record.runtime, *(f"sm{number}" for number in record.sm)])
         rows.append((record.spec.name, runtime, record.precision, *_figures(record.verification), inputs))
+        if (loop := (record.verification or {}).get("loop")) is not None:
+            how = f"{loop['sampler']} sampler, {loop['steps']} steps, guidance {loop['guidance_scale']:g}"
+            rows.append(("  its whole loop", "", "", *_figures(loop), how))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] + [0]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))

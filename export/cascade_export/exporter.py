@@ -30,6 +30,7 @@ from cascade_rt.bundle import (
 )
 from cascade_rt.commands import check_interrupt
 from cascade_rt.errors import CheckpointError, EngineError, RequestError
+from cascade_rt.sampling import make_schedule
 from cascade_rt.stages import ENGINES, EngineSpec, StageName, engines_of
 from cascade_rt.text import TokenizerRecord
 
@@ -38,15 +39,15 @@ from .checkpoints import BundleCheckpoint
 from .components import Checkpoint, Facts
 from .graphs import dims_of
 from .loading import load_fp32, plain_json, weights_of
-from .models import StageAConfig, StreamScales
+from .models import Denoiser, StageAConfig, StreamScales
 from .plans import build_plans, drop_stale_plans
-from .precision import fit_scales
+from .precision import fit_scales, prompt_conditions
 from .request import ExportRequest, Report
 from .staging import Contents, Staging
 from .tensorrt import check_precision
 from .trace import OPSET, WEIGHT_DTYPE, Traced, save, trace
 from .twin import write_fp32_twin
-from .verify import verify_stage
+from .verify import RunEngine, verify_loop, verify_stage
 from .weights import TensorSource, write_safetensors
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -196,7 +197,10 @@ class _Builder:
         if self._request.verify:
             figures = self._verify(specs, config, source)
             line += f", verified in {time.perf_counter() - written:.1f} s"
-            line += "".join(f"\n  {n}: {f['rel_l2']:.1e} from fp32 PyTorch" for n, f in figures.items())
+            for engine, found in figures.items():
+                line += f"\n  {engine}: {found['rel_l2']:.1e} from fp32 PyTorch"
+                if (loop := found.get("loop")) is not None:
+                    line += f"; after a loop of {loop['steps']} steps {loop['rel_l2']:.1e}"
         self._report(line)
 
     def _trace(self, specs: list[EngineSpec], config: dict[str, Any], scales: StreamScales | None) -> dict[str, Traced]:
@@ -221,6 +225,8 @@ class _Builder:
 
         try:
             figures = verify_stage(specs, module, run, precision)
+            if isinstance(module, Denoiser):
+                figures[f"{specs[0].model}.step"]["loop"] = self._verify_loop(specs, module, run)
         finally:
             for engine in engines.values():
                 engine.close()
@@ -229,6 +235,28 @@ class _Builder:
             key = (name, "onnx", ())
             self._graphs.engines[key] = replace(self._graphs.engines[key], verification={"provider": by, **row})
         return figures
+
+    def _verify_loop(self, specs: list[EngineSpec], module: Denoiser, run: RunEngine) -> dict[str, Any]:
+        """Compare a whole loop, as the bundle's default sampler runs it, with one of fp32 PyTorch."""
+        name = specs[0].model
+        facts, sampling = self._facts()
+        sampler, prediction_type = facts.default_sampler, self._graphs.models[name].prediction_type
+        assert prediction_type is not None
+        defaults = sampling[sampler].prior if name == "stage_c" else sampling[sampler].decoder
+        schedule = make_schedule(
+            sampler,
+            defaults.num_inference_steps,
+            prediction_type,
+            shift=defaults.shift,
+            scaler=defaults.scaler,
+            s=defaults.s,
+        )
+        conditions = prompt_conditions(module, self._checkpoint)
+        with _bar(2 * len(schedule), f"verify {name}'s loop", self._request.quiet) as bar:
+            figures = verify_loop(
+                specs, module, run, self._request.precision, schedule, defaults, conditions, progress=bar.update
+            )
+        return {"sampler": sampler, **figures}
 
     def _open(self, spec: EngineSpec, config: dict[str, Any], provider: str | None) -> Engine:
         """Load an engine as it lies in the folder; without a provider, its fp32 twin."""

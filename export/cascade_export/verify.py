@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cascade_rt.backends import Value
+from cascade_rt.bundle import LoopDefaults
 from cascade_rt.errors import ExportError
 from cascade_rt.image import resize_bilinear
-from cascade_rt.sampling import make_schedule, timestep_embedding
+from cascade_rt.sampling import Schedule, denoise_step, guide, make_schedule, predict_x0, timestep_embedding
 from cascade_rt.stages import EngineSpec, Precision
 
 from .graphs import CALLS
@@ -41,6 +42,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "engine fp32": Tolerance(2e-5, "another library's kernels, some fused"),
     "engine fp16": Tolerance(5e-3, "11 bits of mantissa through a hundred blocks"),
     "engine bf16": Tolerance(4e-2, "8 bits of mantissa through a hundred blocks"),
+    "loop fp32": Tolerance(1e-4, "the engine's error, fed back through all steps with guidance"),
+    "loop fp16": Tolerance(5e-3, "the engine's error, fed back through all steps with guidance"),
+    "loop bf16": Tolerance(6e-2, "the engine's error, fed back through all steps with guidance"),
     "step": Tolerance(2e-6, "scalars in float64 here, in float32 in diffusers"),
     "prior loop": Tolerance(1e-4, "the engine's error through 20 steps with guidance"),
 }
@@ -180,33 +184,132 @@ def _denoiser_cases(
     specs: list[EngineSpec], module: nn.Module, run: RunEngine, rng: np.random.Generator
 ) -> Iterator[Case]:
     assert isinstance(module, Denoiser)
-    context_spec, step_spec = sorted(specs, key=lambda s: s.name)  # "...context" before "...step"
-    config = module.config
-    multiple = step_spec.ranges["height"].multiple
-    height, width = max(4, 2 * multiple), max(6, 3 * multiple)
     schedule = make_schedule("original", 5, shift=2.0)
-    conditions: dict[str, Array] = {}
-    for spec in context_spec.inputs:
-        if spec.name == "timestep_embedding":
+    conditions: dict[str, Tensor] = {}
+    for tensor in _parts(specs)[0].inputs:
+        if tensor.name == "timestep_embedding":
             continue
         # effnet is drawn smaller than the grid, so that the host's resize is a part of what is checked
         sizes = {"batch": 2, "tokens": 9, "images": 1, "grid_height": 3, "grid_width": 4}
-        shape = [a if isinstance(a, int) else sizes[a] for a in spec.axes]
-        conditions[spec.name] = rng.standard_normal(shape, dtype=np.float32)
-    feeds = dict(conditions)
+        shape = [a if isinstance(a, int) else sizes[a] for a in tensor.axes]
+        conditions[tensor.name] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    by_engine = _engine_steps(specs, module, run, schedule, conditions)
+    by_module = _module_steps(module, schedule, conditions)
+    latents = rng.standard_normal((2, module.config.in_channels, *_grid(specs)), dtype=np.float32)
+    for step in (0, len(schedule) // 2, len(schedule) - 1):
+        # the context is judged by what the step makes of it: it never leaves the engine's device
+        figures = compare("prediction", by_engine(latents, step), by_module(latents, step))
+        for spec in _parts(specs):
+            yield spec.name, "prediction", figures
+
+
+def verify_loop(
+    specs: list[EngineSpec],
+    module: Denoiser,
+    run: RunEngine,
+    precision: Precision,
+    schedule: Schedule,
+    defaults: LoopDefaults,
+    conditions: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    progress: Callable[[int], Any] = lambda steps: None,
+) -> dict[str, Any]:
+    """Compare a whole denoising loop through a denoiser's engines with the same loop through its module.
+
+    Each loop goes on from its own latents, so that errors add up as they do for a picture; noise is the same.
+
+    Args:
+        specs: context and step.
+        module: the denoiser in fp32, with its weights.
+        run: runs one of the engines.
+        precision: of the engines.
+        schedule: the loop's tables.
+        defaults: its guidance.
+        conditions: inputs of `Denoiser.forward` beside sample and ratio: a prompt's row and a negative prompt's.
+        seed: of latents and noise.
+        progress: told of finished network calls, of which there are two a step.
+
+    Returns:
+        The figures for the manifest.
+
+    Raises:
+        ExportError: the engines' loop ends further from PyTorch's than its precision explains, or in NaN.
+    """
+    stage, rows = specs[0].model, 2 if defaults.guidance_scale > 1 else 1
+    given = {name: tensor[:rows].clone() for name, tensor in conditions.items()}
+    if "effnet" in given:
+        given["effnet"][1:] = 0  # what guidance steers away from, as in both references
+    shape = (1, module.config.in_channels, *_grid(specs))
+    ends: list[Array] = []
+    for predict in (_engine_steps(specs, module, run, schedule, given), _module_steps(module, schedule, given)):
+        rng = np.random.default_rng(seed)
+        latents = rng.standard_normal(shape, dtype=np.float32)
+        for step in range(len(schedule)):
+            prediction = predict(np.repeat(latents, rows, axis=0), step)
+            if not np.isfinite(prediction).all():
+                raise ExportError(
+                    f"{stage}: step {step + 1} of a loop of {len(schedule)} made NaN or infinity in {precision}. "
+                    "Try another --precision"
+                )
+            if rows == 2:
+                prediction = guide(prediction[:1], prediction[1:], defaults.guidance_scale, defaults.guidance_rescale)
+            end = predict_x0(schedule, step, latents, prediction)
+            latents = denoise_step(schedule, step, latents, prediction, rng.standard_normal(shape, dtype=np.float32))
+            progress(1)
+        ends.append(end if schedule.returns_x0 else latents)
+    bound = TOLERANCES[f"loop {precision}"]
+    figures = compare(f"the end of {stage}'s loop", ends[0], ends[1])
+    if figures.rel_l2 > bound.rel_l2:
+        raise ExportError(
+            f"{stage}: a loop of {len(schedule)} steps ends {figures.rel_l2:.2e} from fp32 PyTorch's; {precision} "
+            f"engines may be up to {bound.rel_l2:.0e} ({bound.why}). Try another --precision"
+        )
+    return {"steps": len(schedule), "guidance_scale": defaults.guidance_scale, **asdict(figures)}
+
+
+Steps = Callable[[Array, int], Array]
+"""(latents ``[B, C, H, W]`` float32, step) -> prediction, like the latents."""
+
+
+def _parts(specs: list[EngineSpec]) -> list[EngineSpec]:
+    """Context and step, in this order."""
+    return sorted(specs, key=lambda s: s.name)
+
+
+def _grid(specs: list[EngineSpec]) -> tuple[int, int]:
+    """A small size of latents that is not square."""
+    multiple = _parts(specs)[1].ranges["height"].multiple
+    return max(4, 2 * multiple), max(6, 3 * multiple)
+
+
+def _engine_steps(
+    specs: list[EngineSpec], module: Denoiser, run: RunEngine, schedule: Schedule, conditions: Mapping[str, Tensor]
+) -> Steps:
+    """The engines, their context computed."""
+    config, (context_spec, step_spec) = module.config, _parts(specs)
+    feeds: dict[str, Array] = {name: tensor.numpy() for name, tensor in conditions.items()}
     if "effnet" in feeds:
-        feeds["effnet"] = resize_bilinear(feeds["effnet"], height // config.patch_size, width // config.patch_size)
+        height, width = (side // config.patch_size for side in _grid(specs))
+        feeds["effnet"] = resize_bilinear(feeds["effnet"], height, width)
     feeds["timestep_embedding"] = timestep_embedding(schedule.ratios, config.timestep_ratio_embedding_dim)
     context = run(context_spec.name, feeds)
-    latents = rng.standard_normal((2, config.in_channels, height, width), dtype=np.float32)
-    given: dict[str, Tensor] = {n: torch.from_numpy(a) for n, a in conditions.items()}
-    for step in (0, len(schedule) // 2, len(schedule) - 1):
-        ratio = torch.full((2,), float(schedule.ratios[step]))
-        reference = module(torch.from_numpy(latents), ratio, **given)
-        outputs = run(step_spec.name, {**context, "latents": latents, "step": np.array([step])})
-        made = outputs["prediction"]
+
+    def predict(latents: Array, step: int) -> Array:
+        made = run(step_spec.name, {**context, "latents": latents, "step": np.array([step])})["prediction"]
         assert isinstance(made, np.ndarray)
-        # the context is judged by what the step makes of it: it never leaves the engine's device
-        figures = compare("prediction", made, reference.numpy())
-        yield context_spec.name, "prediction", figures
-        yield step_spec.name, "prediction", figures
+        return made
+
+    return predict
+
+
+def _module_steps(module: Denoiser, schedule: Schedule, conditions: Mapping[str, Tensor]) -> Steps:
+    """The module, unsplit."""
+
+    def predict(latents: Array, step: int) -> Array:
+        ratio = torch.full((len(latents),), float(schedule.ratios[step]))
+        with torch.inference_mode():
+            made: Array = module(torch.from_numpy(latents), ratio, **conditions).numpy()
+        return made
+
+    return predict

@@ -148,8 +148,15 @@ def test_an_overflowing_checkpoint_runs_in_fp16(overflowing: Path, capsys: pytes
     made, wanted = (pipes[p].prior(**arguments).image_embeddings for p in ("fp16", "fp32"))
     assert np.isfinite(made).all()
     assert rel_l2(made, wanted) <= 5e-3
+    # the export has seen the same, and says so
+    figures = Bundle(overflowing.parent / "fp16").engine("stage_c.step").verification
+    assert figures is not None
+    assert figures["loop"]["steps"] == 20
+    assert 1e-6 < figures["loop"]["rel_l2"] <= 5e-3
     assert main_info([str(overflowing.parent / "fp16")]) == 0
-    assert "kept divided" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "kept divided" in printed
+    assert f"{figures['loop']['rel_l2']:.1e}" in next(line for line in printed.splitlines() if "whole loop" in line)
 
 
 def test_what_no_factor_reaches_is_refused(tmp_path: Path) -> None:
