@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cascade_export.shapes import narrow, parse_shapes
+from cascade_export.shapes import parse_shapes
 from cascade_export.tensorrt import Target, build_plan, check_precision, resolve_targets
 from cascade_rt.bundle import Bundle
+from cascade_rt.shapes import narrow
 
 
 def rows(bundle: Bundle, targets: list[Target], shapes: str) -> Iterator[dict[str, Any]]:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from cascade_rt.bundle import ModelFacts
+from cascade_rt.shapes import narrow
 from cascade_rt.stages import StageName, engines_of
 
 from .request import ExportRequest, Report
-from .shapes import narrow
 from .staging import Contents
 from .tensorrt import Progress, build_plan
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascade_rt.bundle import Bundle
+from cascade_rt.shapes import DEFAULT_SHAPES, Shapes
 from cascade_rt.stages import Precision, StageName, engines_of
 
-from .shapes import DEFAULT_SHAPES, Shapes
 from .tensorrt import ONNX, Target
 
 Report = Callable[[str], None]

@@ -23,9 +23,9 @@ from cascade_rt.backends.cuda import gpu_sm
 from cascade_rt.bundle import EngineRecord
 from cascade_rt.errors import EngineError, ExportError, RequestError
 from cascade_rt.paths import cache_dir
+from cascade_rt.shapes import profile
 from cascade_rt.stages import EngineSpec, Precision
 
-from .shapes import profile
 from .tensorrt_build import Job, Message
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

@@ -6,9 +6,10 @@ import pytest
 
 from cascade_export.graphs import dims_of
 from cascade_export.presets import Size, config_of
-from cascade_export.shapes import DEFAULT_SHAPES, narrow, parse_shapes, profile
+from cascade_export.shapes import parse_shapes
 from cascade_rt.bundle import ModelFacts
 from cascade_rt.errors import RequestError
+from cascade_rt.shapes import DEFAULT_SHAPES, narrow, profile
 from cascade_rt.stages import AxisRange, EngineSpec, StageName, engines_of
 
 BIG = ModelFacts("cascade", "big", "somewhere", "some", 1024, 1024)

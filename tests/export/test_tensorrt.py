@@ -22,11 +22,11 @@ from cascade_export.checkpoints import open_checkpoint
 from cascade_export.cli import main
 from cascade_export.exporter import export
 from cascade_export.request import ExportRequest, own_precision
-from cascade_export.shapes import DEFAULT_SHAPES, narrow
 from cascade_export.tensorrt import ONNX, Target, build_plan, check_precision, resolve_targets
 from cascade_rt.backends.cuda import gpu_sm
 from cascade_rt.bundle import Bundle, EngineRecord, group
 from cascade_rt.errors import BundleError, CheckpointError, EngineError, ExportError, RequestError
+from cascade_rt.shapes import DEFAULT_SHAPES, narrow
 from cascade_rt.stages import ENGINES, EngineSpec, Precision, TensorSpec
 
 has_rtx = importlib.util.find_spec("tensorrt_rtx") is not None
