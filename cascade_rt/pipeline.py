@@ -33,7 +33,7 @@ class CascadePipeline:
 
         Args:
             bundle: what to run.
-            provider: ``auto``, ``cpu``, ``openvino`` or ``cuda``.
+            provider: ``auto``, or a name of `backends.PROVIDERS`.
             low_memory: keep one engine loaded at a time.
             threads: threads within an operator; None leaves it to the runtime.
         """

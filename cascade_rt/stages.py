@@ -40,6 +40,12 @@ class AxisRange:
         """Whether an engine takes this size."""
         return self.min <= size <= self.max and size % self.multiple == 0
 
+    @property
+    def only(self) -> int | None:
+        """The one size that is accepted; None where there are several."""
+        lowest = -(-self.min // self.multiple) * self.multiple
+        return lowest if lowest <= self.max < lowest + self.multiple else None
+
     def __str__(self) -> str:
         every = f" in multiples of {self.multiple}" if self.multiple > 1 else ""
         return f"{self.min}..{self.max}{every}"

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from cascade_rt.backends import PROVIDERS, resolve_provider
+from cascade_rt.backends import PROVIDERS, engine_runtime, resolve_provider
 from cascade_rt.commands import CommandParser, run_command
 from cascade_rt.errors import EngineError, RequestError
 from cascade_rt.paths import cache_dir
@@ -144,7 +144,7 @@ def race(arguments: argparse.Namespace) -> None:
     }
     wanted = arguments.stage or ["text", "c", "b", "a", "picture"]
     engines = [stage for stage in wanted if stage in ENGINES_OF]
-    plans = tuple(p for p in arguments.provider if p.startswith("tensorrt") and _at_hand(p))
+    plans = tuple(p for p in arguments.provider if engine_runtime(p) != "onnx" and _at_hand(p))
     bundles: dict[Precision, Path] = {}
     exports: list[Export] = []
     rows: list[Row] = []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rt.backends import PROVIDERS
 from cascade_rt.bundle import Bundle
 from cascade_rt.request import plan_sizes
 
@@ -27,7 +28,7 @@ SEED = 0
 
 def device_of(provider: str) -> str:
     """``cpu`` or ``cuda``, PyTorch's words, for a provider."""
-    return "cpu" if provider in ("cpu", "openvino") else "cuda"
+    return PROVIDERS[provider].device
 
 
 @dataclass(frozen=True)

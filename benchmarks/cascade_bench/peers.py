@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cascade_bench.jobs import CONTEXTS, HOST, OURS, PICTURE, PROMPT, SEED, STEPS, Job
 from cascade_rt import CascadePipeline
-from cascade_rt.backends import DeviceTensor, Engine, Value, open_engine, resolve_provider
+from cascade_rt.backends import DeviceTensor, Engine, Value, engine_runtime, open_engine, resolve_provider
 from cascade_rt.bundle import Bundle, find_bundle
 from cascade_rt.image import resize_bilinear
 from cascade_rt.sampling import timestep_embedding
@@ -136,9 +136,9 @@ class OurPriorLoop(Peer):
 
     def __init__(self, job: Job, feeds: Feeds) -> None:
         super().__init__(job, feeds)
-        if job.provider not in ("cpu", "openvino", "cuda"):
+        if engine_runtime(job.provider) != "onnx":
             raise SkipError("the host share is measured with ONNX Runtime")
-        threads = job.threads if job.provider != "cuda" else None
+        threads = job.threads if job.device == "cpu" else None
         self._pipe = CascadePipeline(self.bundle, job.provider, threads=threads)
         self._pipe.set_progress_bar_config(disable=True)
         self._in_engines = 0.0

@@ -26,6 +26,7 @@ _PACKAGES = (
     "onnxruntime-gpu",
     "onnxruntime-ep-openvino",
     "tensorrt",
+    "tensorrt-cu13",
     "tensorrt-rtx",
     "numpy",
 )

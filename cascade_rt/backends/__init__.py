@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..bundle import Bundle, EngineRecord
 from ..errors import EngineError, RequestError
+from ..shapes import DEFAULT_SHAPES, narrow
 from .base import BoundEngine, DeviceTensor, Engine, Value
 
 __all__ = [
@@ -13,31 +17,51 @@ __all__ = [
     "BoundEngine",
     "DeviceTensor",
     "Engine",
+    "Provider",
     "Value",
+    "engine_runtime",
     "find_record",
     "open_engine",
     "resolve_provider",
 ]
 
-PROVIDERS: dict[str, str] = {
-    "cpu": "onnxruntime",
-    "openvino": "openvino",
-    "cuda": "onnxruntime-gpu",
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt-rtx",
+
+@dataclass(frozen=True)
+class Provider:
+    """What runs engines.
+
+    Attributes:
+        extra: of this package, that installs it.
+        runtime: the kind of engine that it runs: ``onnx`` graphs, or plans.
+        device: where it computes, in PyTorch's words.
+    """
+
+    extra: str
+    runtime: Literal["onnx", "tensorrt", "tensorrt-rtx"] = "onnx"
+    device: Literal["cpu", "cuda"] = "cuda"
+
+
+PROVIDERS: dict[str, Provider] = {
+    "cpu": Provider("onnxruntime", device="cpu"),
+    "openvino": Provider("openvino", device="cpu"),
+    "cuda": Provider("onnxruntime-gpu"),
+    "ort-tensorrt": Provider("ort-tensorrt"),
+    "tensorrt": Provider("tensorrt", "tensorrt"),
+    "tensorrt-rtx": Provider("tensorrt-rtx", "tensorrt-rtx"),
 }
-"""Provider names and the extra of this package that installs each."""
+"""Everything that ``--provider`` takes, beside ``auto``."""
 
 
 def engine_runtime(provider: str) -> str:
     """The kind of engine that a provider runs: ``onnx`` graphs or plans."""
-    return provider if provider in ("tensorrt", "tensorrt-rtx") else "onnx"
+    return PROVIDERS[provider].runtime
 
 
 def resolve_provider(provider: str) -> str:
     """Turn ``auto`` into the best provider at hand, and refuse what is not there.
 
-    ``auto`` is CUDA where ONNX Runtime has it, else its CPU provider; OpenVINO where it is asked for or alone.
+    ``auto`` is CUDA where ONNX Runtime and the machine have it, else the CPU provider; OpenVINO where it is asked for
+    or alone; TensorRT never, as it builds for minutes before the first picture.
 
     Raises:
         RequestError: an unknown name.
@@ -45,25 +69,25 @@ def resolve_provider(provider: str) -> str:
     """
     if provider != "auto" and provider not in PROVIDERS:
         raise RequestError(f"provider {provider!r} is not known; accepted: auto, {', '.join(PROVIDERS)}")
-    if (runtime := engine_runtime(provider)) != "onnx":
+    if provider != "auto" and (runtime := engine_runtime(provider)) != "onnx":
         from .tensorrt import problem
 
         if reason := problem(runtime):
             raise EngineError(
                 f"provider {provider} is not available here: {reason}. It is installed with: "
-                f"pip install 'cascade-rt[{PROVIDERS[provider]}]', and needs an NVIDIA GPU"
+                f"pip install 'cascade-rt[{PROVIDERS[provider].extra}]', and needs an NVIDIA GPU"
             )
         return provider
     at_hand = _graph_providers()
     if not at_hand:
-        extra = PROVIDERS.get(provider, "onnxruntime")
+        extra = PROVIDERS["cpu" if provider == "auto" else provider].extra
         raise EngineError(f"no engine runtime is installed; install one with: pip install 'cascade-rt[{extra}]'")
     if provider == "auto":
         return next(name for name in ("cuda", "cpu", "openvino") if name in at_hand)
     if provider not in at_hand:
         raise EngineError(
             f"provider {provider} is not available here; available: {', '.join(at_hand)}. It is installed with: "
-            f"pip install 'cascade-rt[{PROVIDERS[provider]}]', and needs a device that it supports"
+            f"pip install 'cascade-rt[{PROVIDERS[provider].extra}]', and needs a device that it supports"
         )
     return provider
 
@@ -89,10 +113,20 @@ def find_record(bundle: Bundle, name: str, provider: str) -> EngineRecord:
         BundleError: the bundle has none.
     """
     if (runtime := engine_runtime(provider)) == "onnx":
-        return bundle.engine(name, runtime)
+        graph = bundle.engine(name, runtime)
+        return _narrowed(bundle, graph) if provider == "ort-tensorrt" else graph
     from .cuda import gpu_sm
 
     return bundle.engine(name, runtime, gpu_sm())
+
+
+def _narrowed(bundle: Bundle, graph: EngineRecord) -> EngineRecord:
+    """A graph with the sizes that a plan of it would take: ONNX Runtime's TensorRT builds one too, for all of them."""
+    graphs = {record.spec.name: record.spec for record in bundle.manifest.records if record.runtime == "onnx"}
+    decoder = graphs.get("stage_b.step")
+    granularity = decoder.ranges["height"].multiple if decoder else 1
+    specs = narrow(list(graphs.values()), DEFAULT_SHAPES, bundle.manifest.model, granularity)
+    return replace(graph, spec=specs[graph.spec.name])
 
 
 def open_engine(bundle: Bundle, name: str, provider: str, threads: int | None = None) -> Engine:
@@ -120,7 +154,8 @@ def open_engine(bundle: Bundle, name: str, provider: str, threads: int | None = 
         return OpenVinoEngine(record, path, threads)
     from .ort import OrtEngine
 
-    return OrtEngine(record, path, provider, threads)
+    hashes = "".join(bundle.manifest.files[file]["sha256"] for file in record.files)
+    return OrtEngine(record, path, provider, threads, hashlib.sha256(hashes.encode()).hexdigest())
 
 
 def _plugin_knows_this_machine() -> bool:

@@ -1,56 +1,60 @@
-"""ONNX Runtime: CPU, OpenVINO (plugin) and CUDA.
+"""ONNX Runtime: CPU, OpenVINO (plugin), CUDA and its own TensorRT provider. What it is told is in `ort_options`.
 
-On the CPU and in OpenVINO tensors are host memory and `OrtValue`s wrap them without copies. On CUDA every tensor has
-a fixed device address for as long as shapes stay the same, so that a step can be replayed as a CUDA graph.
-CUDA has not been measured by this project yet.
+On the CPU and in OpenVINO tensors are host memory and `OrtValue`s wrap them without copies. How engines are called on a
+GPU is in `ort_cuda`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
+import importlib
+import importlib.util
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from ..bundle import EngineRecord
 from ..errors import EngineError
-from ..stages import TensorSpec
 from .base import DeviceTensor, Host, Value, check_feeds
-from .openvino import PRECISION_HINT
+from .cuda import gpu_sm
+from .ort_cuda import CudaBound, Recorder, first_line
+from .ort_options import TABLE, openvino_devices, records_calls, session
 
-OPENVINO_LIBRARY = "onnxruntime_ep_openvino"
-OPENVINO_EP = "OpenVINOExecutionProvider"
-CUDA_EP = "CUDAExecutionProvider"
+TENSORRT_MAJOR = "10"
+"""The TensorRT that ONNX Runtime 1.31 is linked to (libnvinfer.so.10)."""
 _ORT_DTYPES = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64", "uint8": "uint8"}
-_ONNX_TYPE = {"float32": 1, "uint8": 2, "int64": 7, "float16": 10, "bfloat16": 16}
+# what computes shapes, which ONNX Runtime leaves to the CPU on purpose; ArgMax looks for a prompt's last token
+_SHAPE_WORK = {
+    *("Add", "ArgMax", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather"),
+    *("Identity", "Mod", "Mul", "Range", "Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
+}
 
 
 def available_providers() -> list[str]:
-    """Names of the providers that this installation of ONNX Runtime can use."""
+    """Names of the providers that this installation of ONNX Runtime can use on this machine."""
     found = ["cpu"]
-    if _openvino_devices():
+    if openvino_devices():
         found.append("openvino")
-    if CUDA_EP in ort.get_available_providers():
+    built_in = ort.get_available_providers()  # what was compiled in, whether or not there is a GPU
+    if TABLE["cuda"].ep in built_in and _has_gpu():
         found.append("cuda")
+        if TABLE["ort-tensorrt"].ep in built_in and importlib.util.find_spec("tensorrt") is not None:
+            found.append("ort-tensorrt")
     return found
 
 
-@functools.cache
-def _openvino_devices() -> tuple[Any, ...]:
-    """The plugin's CPU devices; empty where it is not installed, or knows no device (it lists Intel's only)."""
+def _has_gpu() -> bool:
     try:
-        import onnxruntime_ep_openvino as plugin
-    except ImportError:
-        return ()
-    ort.register_execution_provider_library(OPENVINO_LIBRARY, plugin.get_library_path())
-    cpu = ort.OrtHardwareDeviceType.CPU
-    return tuple(d for d in ort.get_ep_devices() if d.ep_name == OPENVINO_EP and d.device.type == cpu)
+        gpu_sm()
+    except EngineError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -73,56 +77,93 @@ class OrtTensor:
 class OrtEngine:
     """An ONNX graph in an inference session."""
 
-    def __init__(self, record: EngineRecord, path: Path, provider: str, threads: int | None = None) -> None:
+    def __init__(
+        self, record: EngineRecord, path: Path, provider: str, threads: int | None = None, digest: str = ""
+    ) -> None:
         """Load a graph.
 
         Args:
             record: its manifest record.
             path: the graph; its weights lie beside it.
-            provider: ``cpu``, ``openvino`` or ``cuda``.
+            provider: a name of `ort_options.TABLE`.
             threads: threads within an operator; None leaves it to the runtime.
+            digest: of the graph and its weights; see `ort_options.session`.
 
         Raises:
-            EngineError: the runtime cannot load it.
+            EngineError: the runtime cannot load it, or would run it on another provider.
         """
         self.spec = record.spec
-        self._on_cuda = provider == "cuda"
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if provider == "openvino":
-            hint = {"CPU": {"INFERENCE_PRECISION_HINT": PRECISION_HINT[record.precision]}}
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            options.add_provider_for_devices(list(_openvino_devices()), {"load_config": json.dumps(hint)})
-            providers = []
-        elif provider == "cuda":
-            providers = [(CUDA_EP, {"enable_cuda_graph": "0", "use_tf32": "0"}), "CPUExecutionProvider"]
-        elif record.precision == "bf16":
+        self.device = TABLE[provider].device
+        if record.precision not in TABLE[provider].precisions:
             raise EngineError(
-                f"{record.spec.name} is bf16, and ONNX Runtime's CPU provider has no bf16 convolution; "
-                "use --provider openvino or cuda, or export with --precision fp32"
+                f"{record.spec.name} is {record.precision}, which ONNX Runtime's {provider} provider does not compute "
+                f"(it has no {record.precision} convolution); "
+                "use --provider openvino, or export with --precision fp32"
             )
-        try:
-            self._session: ort.InferenceSession | None = (
-                ort.InferenceSession(path, options, providers=providers)
-                if providers
-                else ort.InferenceSession(path, options)
-            )
-        except Exception as error:  # the runtime raises its own unexported exception types
-            reason = str(error).strip().splitlines()[0]
-            raise EngineError(f"{path.name} cannot be loaded by provider {provider}: {reason}") from error
-        self._session.disable_fallback()
+        self._record, self._path, self._provider = record, path, provider
+        self._threads, self._digest = threads, digest
+        self.recorder: Recorder | None = None
+        self._session: ort.InferenceSession | None = None
+        if self.device == "cuda":
+            load_libraries(provider)
+        if records_calls(provider, record.spec):
+            try:
+                self._session = self._open(recording=True)
+                self.recorder = Recorder(self, TABLE[provider].graphs)
+            except EngineError as error:
+                self.stop_recording(str(error))
+        else:
+            self._session = self._open(recording=False)
 
-    def bind(self, constants: Mapping[str, DeviceTensor]) -> OrtBound:
+    def _open(self, recording: bool) -> ort.InferenceSession:
+        row = TABLE[self._provider]
+        options, providers = session(self._provider, self._record, self._digest, self._threads, recording)
+        where = f"{self._path.name} cannot be loaded by provider {self._provider}"
+        try:
+            # fallback: a session that cannot be made is made on the CPU otherwise, and a line printed
+            made = ort.InferenceSession(self._path, options, providers=providers or None, enable_fallback=0)
+        except Exception as error:  # the runtime raises its own unexported exception types
+            raise EngineError(f"{where}: {first_line(error)}") from error
+        if row.ep not in made.get_providers():
+            raise EngineError(
+                f"{where}: ONNX Runtime left {row.ep} out, because the libraries that it needs do not load, and would "
+                f"run on {', '.join(made.get_providers())}. Install them with: {install_command(self._provider)}"
+            )
+        if self._provider == "cuda" and (strays := strays_of(made)):
+            warnings.warn(
+                f"{self.spec.name} is run in part by the CPU, which CUDA waits for: {', '.join(strays)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return made
+
+    def stop_recording(self, reason: str) -> None:
+        """Open the session again, without CUDA graphs, and say so.
+
+        Raises:
+            EngineError: it cannot be loaded without them either: graphs were not the reason.
+        """
+        self.recorder = self._session = None  # a GPU may not hold the weights twice
+        self._session = self._open(recording=False)
+        warnings.warn(
+            f"{self.spec.name} runs without a CUDA graph, kernel by kernel: {reason}", RuntimeWarning, stacklevel=2
+        )
+
+    def bind(self, constants: Mapping[str, DeviceTensor]) -> OrtBound | CudaBound:
         """Fix the inputs that do not change between calls."""
         values = {}
         for name, tensor in constants.items():
             if not isinstance(tensor, OrtTensor):
                 raise EngineError(f"{self.spec.name}: {name} comes from another runtime than ONNX Runtime")
             values[name] = tensor
-        return CudaBound(self, values) if self._on_cuda else OrtBound(self, values)
+        return CudaBound(self, values) if TABLE[self._provider].graphs else OrtBound(self, values)
+
+    def results(self, values: list[ort.OrtValue]) -> dict[str, Value]:
+        """Outputs in call order -> what a caller gets: arrays of its own, or tensors that stay where they are."""
+        outputs: dict[str, Value] = {}
+        for spec, value in zip(self.spec.outputs, values, strict=True):
+            outputs[spec.name] = value.numpy() if spec.on_host else OrtTensor(value)
+        return outputs
 
     @property
     def session(self) -> ort.InferenceSession:
@@ -136,8 +177,8 @@ class OrtEngine:
         return self._session
 
     def close(self) -> None:
-        """Give back the session's memory."""
-        self._session = None
+        """Give back the session's memory, and what was recorded in it."""
+        self.recorder = self._session = None
 
     def __enter__(self) -> OrtEngine:
         return self
@@ -159,63 +200,50 @@ class OrtBound:
     def __call__(self, feeds: Mapping[str, Host]) -> dict[str, Value]:
         """Run with the remaining inputs; see `BoundEngine`."""
         check_feeds(self._engine.spec, {**self._constants, **feeds})
-        return self._outputs_of(self._run(feeds))
-
-    def _run(self, feeds: Mapping[str, Host]) -> list[ort.OrtValue]:
         values = {name: tensor.value for name, tensor in self._constants.items()}
         values |= {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        results = self._engine.session.run_with_ort_values(self._outputs, values)
-        return list(results)
-
-    def _outputs_of(self, values: list[ort.OrtValue]) -> dict[str, Value]:
-        outputs: dict[str, Value] = {}
-        for spec, value in zip(self._engine.spec.outputs, values, strict=True):
-            outputs[spec.name] = value.numpy() if spec.on_host else OrtTensor(value)
-        return outputs
+        return self._engine.results(list(self._engine.session.run_with_ort_values(self._outputs, values)))
 
 
-class CudaBound(OrtBound):
-    """Constants in place on the GPU; hot inputs and outputs keep their device addresses between calls."""
-
-    def __init__(self, engine: OrtEngine, constants: Mapping[str, OrtTensor]) -> None:
-        super().__init__(engine, constants)
-        self._binding: ort.IOBinding | None = None
-        self._inputs: dict[str, ort.OrtValue] = {}
-
-    def _run(self, feeds: Mapping[str, Host]) -> list[ort.OrtValue]:
-        shapes = {name: tuple(value.shape()) for name, value in self._inputs.items()}
-        if self._binding is None or shapes != {name: array.shape for name, array in feeds.items()}:
-            self._bind(feeds)
-        binding = self._binding
-        if binding is None:
-            raise EngineError(f"{self._engine.spec.name} could not be bound")
-        for name, array in feeds.items():
-            self._inputs[name].update_inplace(array)
-        self._engine.session.run_with_iobinding(binding)
-        return list(binding.get_outputs())
-
-    def _bind(self, feeds: Mapping[str, Host]) -> None:
-        binding = self._engine.session.io_binding()
-        for name, tensor in self._constants.items():
-            binding.bind_ortvalue_input(name, tensor.value)
-        self._inputs = {n: ort.OrtValue.ortvalue_from_numpy(a, "cuda", 0) for n, a in feeds.items()}
-        for name, value in self._inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        sizes = _axis_sizes(self._engine.spec.inputs, {**self._constants, **feeds})
-        for spec in self._engine.spec.outputs:
-            shape = [sizes.get(axis, -1) if isinstance(axis, str) else axis for axis in spec.axes]
-            if -1 in shape:  # an axis that no input has (pixels of a decoder): the session allocates
-                binding.bind_output(spec.name, "cuda", 0)
-            else:
-                value = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ONNX_TYPE[spec.dtype], "cuda", 0)
-                binding.bind_ortvalue_output(spec.name, value)
-        self._binding = binding
+def strays_of(session: ort.InferenceSession) -> list[str]:
+    """Types of the operators that a session runs on the CPU although they are more than work on shapes."""
+    return sorted(
+        {
+            node.op_type
+            for part in session.get_provider_graph_assignment_info()
+            if part.ep_name == TABLE["cpu"].ep
+            for node in part.get_nodes()
+        }
+        - _SHAPE_WORK
+    )
 
 
-def _axis_sizes(specs: tuple[TensorSpec, ...], values: Mapping[str, Value]) -> dict[str, int]:
-    return {
-        axis: size
-        for spec in specs
-        for axis, size in zip(spec.axes, np.shape(values[spec.name]), strict=True)
-        if isinstance(axis, str)
-    }
+def install_command(provider: str) -> str:
+    """What installs a provider."""
+    from . import PROVIDERS
+
+    return f"pip install 'cascade-rt[{PROVIDERS[provider].extra}]'"
+
+
+@functools.cache
+def load_libraries(provider: str) -> None:
+    """Load CUDA's and TensorRT's libraries from where pip puts them; ONNX Runtime looks where the system has them.
+
+    Raises:
+        EngineError: TensorRT is missing, or is not the one that ONNX Runtime is linked to.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find; results go to standard output
+        ort.preload_dlls()
+    if provider != "ort-tensorrt":
+        return
+    try:
+        version = str(importlib.import_module("tensorrt").__version__)
+    except ImportError as error:
+        raise EngineError(
+            f"TensorRT cannot be loaded ({error}); install it with: {install_command(provider)}"
+        ) from error
+    if version.partition(".")[0] != TENSORRT_MAJOR:
+        raise EngineError(
+            f"provider {provider} needs TensorRT {TENSORRT_MAJOR}, which ONNX Runtime is linked to; {version} is "
+            f"installed. Use --provider tensorrt, or in an environment of its own: {install_command(provider)}"
+        )
