@@ -63,7 +63,7 @@ bench: $(VENV)/.bench
 # on a machine with a GPU and its engine runtimes installed; WHAT=c, b or picture
 bench-gpu:
 	$(BIN)/cascade-bench --stage $(WHAT) --size big --precision bf16,fp16 --peer eager,compile \
-		--provider cuda,tensorrt,tensorrt-rtx --repeat 20 --limit 150 --json build/gpu_$(WHAT).json
+		--provider cuda,ort-tensorrt,tensorrt,tensorrt-rtx --repeat 20 --limit 150 --json build/gpu_$(WHAT).json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
