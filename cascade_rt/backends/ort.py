@@ -96,9 +96,8 @@ class OrtEngine:
         self.device = TABLE[provider].device
         if record.precision not in TABLE[provider].precisions:
             raise EngineError(
-                f"{record.spec.name} is {record.precision}, which ONNX Runtime's {provider} provider does not compute "
-                f"(it has no {record.precision} convolution); "
-                "use --provider openvino, or export with --precision fp32"
+                f"{record.spec.name} is {record.precision}, which ONNX Runtime's {provider} provider does not compute: "
+                f"{TABLE[provider].bf16}"
             )
         self._record, self._path, self._provider = record, path, provider
         self._threads, self._digest = threads, digest
@@ -123,7 +122,8 @@ class OrtEngine:
             # fallback: a session that cannot be made is made on the CPU otherwise, and a line printed
             made = ort.InferenceSession(self._path, options, providers=providers or None, enable_fallback=0)
         except Exception as error:  # the runtime raises its own unexported exception types
-            raise EngineError(f"{where}: {first_line(error)}") from error
+            hint = f" ({row.bf16})" if row.bf16 and self._record.precision == "bf16" else ""
+            raise EngineError(f"{where}: {first_line(error)}{hint}") from error
         if row.ep not in made.get_providers():
             raise EngineError(
                 f"{where}: ONNX Runtime left {row.ep} out, because the libraries that it needs do not load, and would "

@@ -41,6 +41,7 @@ class OrtProvider:
         recording: options added to have calls recorded as CUDA graphs; empty where there are none.
         graphs: how many CUDA graphs a session can hold.
         precisions: of the graphs that it computes.
+        bf16: what to type instead where a bf16 graph is not taken, and why that happens.
     """
 
     ep: str
@@ -50,11 +51,15 @@ class OrtProvider:
     recording: Mapping[str, str] = field(default_factory=dict)
     graphs: int = 0
     precisions: tuple[Precision, ...] = PRECISIONS
+    bf16: str = ""
 
 
 TABLE: dict[str, OrtProvider] = {
-    # has no bf16 convolution
-    "cpu": OrtProvider("CPUExecutionProvider", precisions=("fp32", "fp16")),
+    "cpu": OrtProvider(
+        "CPUExecutionProvider",
+        precisions=("fp32", "fp16"),
+        bf16="it has no bf16 convolution; use --provider openvino, or export with --precision fp32",
+    ),
     # a plugin: found by device, see `session`
     "openvino": OrtProvider("OpenVINOExecutionProvider", session=_NOTHING_ON_THE_CPU),
     "cuda": OrtProvider(
@@ -71,6 +76,8 @@ TABLE: dict[str, OrtProvider] = {
         recording={"enable_cuda_graph": "1"},
         # as many as are told apart by `gpu_graph_id`; each keeps the buffers of one set of shapes, so a few
         graphs=4,
+        # seen with the library of 1.31.1
+        bf16="it has no bf16 DepthToSpace and Pad; use --provider ort-tensorrt, or export with --precision fp16",
     ),
     "ort-tensorrt": OrtProvider(
         "TensorrtExecutionProvider",

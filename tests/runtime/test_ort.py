@@ -166,6 +166,8 @@ def test_steps_are_recorded_and_nothing_else(bundle: Bundle) -> None:
     for provider in GPU_PROVIDERS:
         assert {n for n, s in specs.items() if records_calls(provider, s)} == {"stage_c.step", "stage_b.step"}
     assert not any(records_calls("cpu", spec) for spec in specs.values())
+    kept = replace(specs["stage_c.step"].outputs[0], dtype="float16")
+    assert not records_calls("cuda", replace(specs["stage_c.step"], outputs=(kept,))), "the caller keeps its address"
 
 
 def test_tensorrt_is_left_strongly_typed_and_nothing_may_run_on_the_cpu(bundle: Bundle) -> None:
@@ -268,6 +270,41 @@ def test_a_session_that_cannot_be_made_is_not_made_elsewhere(bundle: Bundle, tmp
     broken.write_bytes(b"no graph")
     with pytest.raises(EngineError, match=r"broken.onnx cannot be loaded by provider cpu"):
         OrtEngine(record, broken, "cpu")
+
+
+def test_no_other_provider_is_tried(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime prints a line otherwise, and makes the session on the CPU."""
+    tried = []
+
+    def make(session: Any, providers: Any, *rest: Any) -> None:
+        session._fallback_providers = [TABLE["cpu"].ep]
+        tried.append(providers)
+        raise RuntimeError("no such library")
+
+    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", make)
+    record = bundle.engine("stage_a.decode", "onnx")
+    with pytest.raises(EngineError, match="no such library"):
+        OrtEngine(record, path_of(bundle, record), "cuda")
+    assert tried == [[(TABLE["cuda"].ep, dict(TABLE["cuda"].options))]]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("provider", "instead"), [("cpu", "provider openvino"), ("cuda", "provider ort-tensorrt")])
+def test_bf16_where_operators_are_missing(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, provider: str, instead: str
+) -> None:
+    def refuse(*args: Any, **rest: Any) -> Any:
+        raise RuntimeError("Provider type for DepthToSpace node is not set")
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    record = replace(bundle.engine("stage_c.step", "onnx"), precision="bf16")
+    with pytest.raises(EngineError, match=rf"use --{instead}, or export with --precision fp"):
+        OrtEngine(record, path_of(bundle, record), provider)
+    with pytest.raises(EngineError) as error:
+        OrtEngine(bundle.engine("stage_c.step", "onnx"), path_of(bundle, record), provider)
+    assert "bf16" not in str(error.value)
 
 
 def test_compiled_in_is_not_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
