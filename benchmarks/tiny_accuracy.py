@@ -63,6 +63,20 @@ def encode(pipe: CascadePipeline, pixels: NDArray[np.float32]) -> NDArray[np.flo
     return pipe.run_engine("effnet_encoder", {"pixels": pixels})["latents"]
 
 
+def write_sheet(path: Path, made: list[Picture], wishes: list[Wish]) -> None:
+    """Draws the first twelve captions at half size: above what each means, below what was made of it."""
+    rng = np.random.default_rng(7)
+    columns, side = 6, scenes.SIDE // 2
+    sheet = Image.new("RGB", (columns * side, 4 * side))
+    for i, (picture, wish) in enumerate(zip(made[: 2 * columns], wishes, strict=False)):
+        meant = Image.fromarray(scenes.draw(scenes.scene_of(wish, rng)))
+        shown = Image.fromarray((picture * 255 + 0.5).astype(np.uint8))
+        for below, image in enumerate((meant, shown)):
+            place = (i % columns * side, (i // columns * 2 + below) * side)
+            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), place)
+    sheet.save(path)
+
+
 def relations(count: int) -> list[tuple[str, Scene]]:
     """Captions of two and three shapes that say everything, and scenes that fulfil them."""
     rng = np.random.default_rng(977)
@@ -90,6 +104,8 @@ def measure(pipe: CascadePipeline, arguments: argparse.Namespace) -> dict[str, A
     bar = not arguments.quiet
     warm = pipe("a red circle", seed=0, output_type="np", **options)
     made = generate(pipe, [scenes.canonical(w) for w in wishes], arguments.seed, options, bar)
+    if arguments.sheet:
+        write_sheet(arguments.sheet, made, wishes)
     verdicts = [judge(m, w) for m, w in zip(made, wishes, strict=True)]
     result: dict[str, Any] = {"pictures": len(made), **share(verdicts)}
     by_kind = {k: [v.shape for v, w in zip(verdicts, wishes, strict=True) if w.kind == k] for k in scenes.SHAPES}
@@ -145,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--decoder-guidance", type=float, help="Stage B guidance (default: the bundle's)")
     parser.add_argument("--provider", default="auto")
     parser.add_argument("--json", type=Path, help="write the result there too")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="write the first twelve pictures there")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args(argv)
     if arguments.pictures < 4:

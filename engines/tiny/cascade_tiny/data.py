@@ -53,15 +53,15 @@ def for_semantic(pixels: Tensor, nearest: bool = False) -> Tensor:
     return F.interpolate(pixels, size=SEMANTIC_SIDE, mode="bilinear", antialias=True)
 
 
-class Batches(Dataset[tuple[NDArray[np.int64], Tensor]]):
+class Batches(Dataset[tuple[Tensor, Tensor]]):
     """Batch number k: (scene numbers int64 [batch], pictures uint8 [batch, 3, 256, 256])."""
 
     def __init__(self, stream: int, batch: int, count: int) -> None:
         self.stream, self.batch, self.count = stream, batch, count
 
-    def __getitem__(self, step: int) -> tuple[NDArray[np.int64], Tensor]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         numbers = step_numbers(self.stream, step, self.batch, self.count)
-        return numbers, pictures([scene(int(i)) for i in numbers])
+        return torch.from_numpy(numbers), pictures([scene(int(i)) for i in numbers])
 
 
 def step_numbers(stream: int, step: int, batch: int, count: int) -> NDArray[np.int64]:
@@ -69,9 +69,9 @@ def step_numbers(stream: int, step: int, batch: int, count: int) -> NDArray[np.i
     return np.random.default_rng((SEED, 10 + stream, step)).integers(0, count, batch)
 
 
-def load(batches: Batches, steps: range, workers: int) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+def load(batches: Batches, steps: range, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of these steps in order, drawn beside the training by `workers` processes (0: in this one)."""
-    loader: DataLoader[tuple[NDArray[np.int64], Tensor]] = DataLoader(
+    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=workers, collate_fn=None
     )
     return iter(loader)

@@ -35,8 +35,10 @@ class Cascade:
         self.device = device
         self.a = cast("StageA", trained(out, "a", device)["a"])
         self.prior = trained(out, "text-c", device)
-        self.b = trained(out, "b", device)["b"]
-        self.encoder = trained(out, "semantic", device)["encoder"] if (out / "semantic.pt").is_file() else None
+        joint = (out / "joint.pt").is_file()
+        self.b = trained(out, "joint" if joint else "b", device)["b"]
+        encoder = "joint" if joint else "semantic"
+        self.encoder = trained(out, encoder, device)["encoder"] if (out / f"{encoder}.pt").is_file() else None
         self.tokenizer = build_tokenizer()
 
     def generate(

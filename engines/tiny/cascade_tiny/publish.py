@@ -43,7 +43,7 @@ def publish(out: Path, target: Path) -> None:
     """Writes the checkpoint folder beside its place and renames it.
 
     Args:
-        out: the training's folder, with all four stages in it.
+        out: the training's folder, with every stage in it.
         target: the folder to write; an older one is replaced.
 
     Raises:
@@ -53,17 +53,16 @@ def publish(out: Path, target: Path) -> None:
 
     device = torch.device("cpu")
     a = trained(out, "a", device)["a"]
-    semantic = trained(out, "semantic", device)["encoder"]
     prior = trained(out, "text-c", device)
-    decoder = trained(out, "b", device)["b"]
+    joint = trained(out, "joint", device)
 
     beside = target.with_name(target.name + ".part")
     if beside.exists():
         shutil.rmtree(beside)
     _write_model(beside / "prior", prior["c"], "StableCascadeUNet", asdict(recipe.STAGE_C))
-    _write_model(beside / "decoder", decoder, "StableCascadeUNet", asdict(recipe.STAGE_B))
+    _write_model(beside / "decoder", joint["b"], "StableCascadeUNet", asdict(recipe.STAGE_B))
     _write_model(beside / "vqgan", a, "PaellaVQModel", asdict(recipe.STAGE_A))
-    _write_model(beside / "effnet", semantic, "SemanticEncoder", asdict(recipe.SEMANTIC))
+    _write_model(beside / "effnet", joint["encoder"], "SemanticEncoder", asdict(recipe.SEMANTIC))
     text_config = recipe.text_config().to_dict() | {"architectures": ["CLIPTextModelWithProjection"]}
     _write_model(beside / "text_encoder", prior["text"], None, text_config, "model.safetensors")
     (beside / "tokenizer").mkdir()

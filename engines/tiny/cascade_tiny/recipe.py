@@ -177,12 +177,14 @@ PLANS: dict[str, dict[str, Plan]] = {
         "text-c": Plan(steps=9000, batch=32, rate=1e-3),
         "b": Plan(steps=20_000, batch=8, rate=1.5e-3),
         "semantic": Plan(steps=12_000, batch=16, rate=1e-3, ema=0.99),
+        "joint": Plan(steps=4000, batch=8, rate=3e-4),
     },
     "cuda": {
         "a": Plan(steps=6000, batch=32, rate=2e-3),
         "text-c": Plan(steps=12_000, batch=512, rate=1.5e-3, ema=0.999),
         "b": Plan(steps=12_000, batch=192, rate=1.2e-3, ema=0.999),
         "semantic": Plan(steps=8000, batch=64, rate=1e-3),
+        "joint": Plan(steps=4000, batch=96, rate=3e-4, ema=0.999),
     },
 }
 SEED = 1
@@ -196,5 +198,6 @@ CAPTIONS = 6  # different captions of each training scene
 
 CROP = 128  # Stage A is convolutional: crops cost a quarter of whole pictures and hold as many edges
 CONDITION_NOISE = 0.03  # on Stage B's condition: at run time it comes from Stage C, which is not exact
+MEANING_WEIGHT = 0.3  # how firmly the joint training holds the semantic encoder to what scenes mean
 CAPTION_DROPOUT = 0.1  # share of empty captions: what guidance steers away from
 EFFNET_DROPOUT = 0.05  # share of Stage B's conditions set to zero, for guidance likewise

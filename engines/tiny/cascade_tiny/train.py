@@ -4,8 +4,10 @@
     text-c    captions -> 6 x 6 x 16 semantic latents: Stage C, and the text encoder with it
     b         semantic latents -> Stage A's latents: Stage B, for which `a` must be trained, and `text-c` begun
     semantic  pixels -> semantic latents: the semantic encoder
+    joint     pixels -> semantic latents -> Stage A's latents: Stage B and the semantic encoder together
 
-What the semantic latents hold is given by `meaning`. Stage B and Stage C learn the velocity instead of the noise: read
+What the semantic latents hold is given by `meaning`; the last stage lets the encoder depart from it where that helps
+Stage B to draw. Stage B and Stage C learn the velocity instead of the noise: read
 from a predicted noise, the picture at the first step is the error times a hundred.
 
 Every stage keeps `DIR/STAGE.pt`, written whole or not at all. Ctrl-C saves; the same command goes on from there. More
@@ -41,7 +43,7 @@ _SHAPE_STANDS_OUT = 0.4  # by how much a latent must differ from the corner's to
 _SHAPE_WEIGHT = 6.0
 _PLACE_WEIGHT = 40.0
 
-STAGES = ("a", "text-c", "b", "semantic")
+STAGES = ("a", "text-c", "b", "semantic", "joint")
 
 
 class TrainingError(Exception):
@@ -56,7 +58,8 @@ def build(stage: str) -> nn.ModuleDict:
         return nn.ModuleDict({"encoder": recipe.build_semantic_encoder()})
     if stage == "text-c":
         return nn.ModuleDict({"text": recipe.build_text_encoder(), "c": recipe.build_denoiser(recipe.STAGE_C)})
-    return nn.ModuleDict({"b": recipe.build_denoiser(recipe.STAGE_B)})
+    stage_b = recipe.build_denoiser(recipe.STAGE_B)
+    return nn.ModuleDict({"b": stage_b} | ({"encoder": recipe.build_semantic_encoder()} if stage == "joint" else {}))
 
 
 def trained(out: Path, stage: str, device: torch.device) -> nn.ModuleDict:
@@ -123,7 +126,7 @@ class TrainA(Task):
 
     def begin(self, steps: range) -> None:  # noqa: D102
         batches = data.Batches(self.stream, self.plan.batch, recipe.SCENES_B)
-        self.batches: Iterator[tuple[np.ndarray, Tensor]] = data.load(batches, steps, self.workers)
+        self.batches: Iterator[tuple[Tensor, Tensor]] = data.load(batches, steps, self.workers)
 
     def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
         del rng
@@ -143,7 +146,7 @@ class TrainSemantic(Task):
 
     def begin(self, steps: range) -> None:  # noqa: D102
         batches = data.Batches(self.stream, self.plan.batch, recipe.SCENES_C)
-        self.batches: Iterator[tuple[np.ndarray, Tensor]] = data.load(batches, steps, self.workers)
+        self.batches: Iterator[tuple[Tensor, Tensor]] = data.load(batches, steps, self.workers)
 
     def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
         del rng
@@ -191,25 +194,36 @@ class TrainB(Task):
     stage = "b"
 
     def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
-        mapper = cast("Denoiser", self.networks["b"]).effnet_mapper
-        mapper.requires_grad_(False)  # its file is either not there yet or holds a taught one
         if not (out / f"{self.stage}.pt").is_file():
-            outline.teach(mapper.requires_grad_(), self.device, quiet)
+            self.first_weights(out, quiet)
+        cast("Denoiser", self.networks["b"]).effnet_mapper.requires_grad_(False)  # it was taught, and would forget
         self.latents = latents_a(out, self.device, self.workers, quiet).to(self.device)
         self.semantic = data.meanings(len(self.latents)).to(self.device)
         self.ids = data.caption_ids(len(self.latents)).to(self.device)
         self.text = cast("TextEncoder", trained(out, "text-c", self.device)["text"])
         self.empty = torch.from_numpy(encode(build_tokenizer(), [""])[0][0]).to(self.device)
 
+    def first_weights(self, out: Path, quiet: bool) -> None:
+        """Sets what is not to begin at random."""
+        del out
+        outline.teach(cast("Denoiser", self.networks["b"]).effnet_mapper, self.device, quiet)
+
     def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
         numbers = self.numbers(step, len(self.latents)).to(self.device)
+        return self.drawing_error(numbers, self.meant(numbers, rng), rng)
+
+    def meant(self, numbers: Tensor, rng: torch.Generator) -> Tensor:
+        """What scenes mean, not quite exactly: float32 [B, 16, 6, 6]."""
+        semantic = self.semantic[numbers].float()
+        return semantic + recipe.CONDITION_NOISE * self.noise(semantic.shape, rng)
+
+    def drawing_error(self, numbers: Tensor, semantic: Tensor, rng: torch.Generator) -> Tensor:
+        """Stage B's error at drawing scenes from semantic latents."""
         which, dropped, blind, high, t = torch.rand(5, len(numbers), generator=rng, device=self.device)
         ids = self.ids[numbers, (which * recipe.CAPTIONS).long()]
         ids = torch.where(dropped[:, None] < recipe.CAPTION_DROPOUT, self.empty, ids)
         with torch.no_grad():
             _, pooled = self.text.conditions(ids, (ids != PAD_ID).long())
-        semantic = self.semantic[numbers].float()
-        semantic = semantic + recipe.CONDITION_NOISE * self.noise(semantic.shape, rng)
         semantic = torch.where(blind[:, None, None, None] < recipe.EFFNET_DROPOUT, 0.0, semantic)
         # the picture is decided while hardly anything of it shows: most steps go there
         t = torch.where(high < 0.7, 0.75 + 0.25 * t, t)
@@ -224,7 +238,37 @@ class TrainB(Task):
         return loss
 
 
-TASKS: dict[str, type[Task]] = {task.stage: task for task in (TrainA, TrainSemantic, TrainTextC, TrainB)}
+class TrainJoint(TrainB):
+    """Stage B and the semantic encoder as one: the error of the drawing reaches the encoder.
+
+    Every other picture is drawn from what it means instead, as Stage C will say it; and the encoder is held near that
+    meaning, so that what it says stays what Stage C says.
+    """
+
+    stage = "joint"
+
+    def first_weights(self, out: Path, quiet: bool) -> None:  # noqa: D102
+        del quiet
+        for stage in ("b", "semantic"):
+            for name, network in trained(out, stage, self.device).items():
+                self.networks[name].load_state_dict(network.state_dict())
+
+    def begin(self, steps: range) -> None:  # noqa: D102
+        self.networks["encoder"].eval()  # few pictures a step: its batch norms keep the averages of its own training
+        batches = data.Batches(self.stream, self.plan.batch, len(self.latents))
+        self.batches: Iterator[tuple[Tensor, Tensor]] = data.load(batches, steps, self.workers)
+
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
+        numbers, drawn = next(self.batches)
+        numbers = numbers.to(self.device)
+        pixels = data.for_semantic(data.to_unit(drawn.to(self.device)), nearest=step % 2 == 1)
+        read, meant = self.networks["encoder"](pixels).float(), self.meant(numbers, rng)
+        from_picture = torch.arange(len(numbers), device=self.device).view(-1, 1, 1, 1) % 2 == 0
+        semantic = torch.where(from_picture, read, meant)
+        return self.drawing_error(numbers, semantic, rng) + recipe.MEANING_WEIGHT * F.mse_loss(read, meant)
+
+
+TASKS: dict[str, type[Task]] = {task.stage: task for task in (TrainA, TrainTextC, TrainB, TrainSemantic, TrainJoint)}
 
 
 def autocast(device: torch.device) -> torch.autocast:
