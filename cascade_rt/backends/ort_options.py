@@ -25,6 +25,9 @@ OPENVINO_LIBRARY = "onnxruntime_ep_openvino"
 
 # a node that a provider does not take goes to the CPU otherwise, and nobody is told
 _NOTHING_ON_THE_CPU = {"session.disable_cpu_ep_fallback": "1"}
+# A session has threads of its own, which go on spinning for more work after a call. A picture goes through six sessions
+# in turn: spinning on, each takes its core from the next, and from NumPy between the steps
+_NO_SPINNING_BETWEEN_CALLS = {"session.force_spinning_stop": "1"}
 # makes `InferenceSession.get_provider_graph_assignment_info` answer
 _SAY_WHO_TOOK_WHAT = {"session.record_ep_graph_assignment_info": "1"}
 
@@ -57,6 +60,7 @@ class OrtProvider:
 TABLE: dict[str, OrtProvider] = {
     "cpu": OrtProvider(
         "CPUExecutionProvider",
+        session=_NO_SPINNING_BETWEEN_CALLS,
         precisions=("fp32", "fp16"),
         bf16="it has no bf16 convolution; use --provider openvino, or export with --precision fp32",
     ),
