@@ -80,8 +80,8 @@ TABLE: dict[str, OrtProvider] = {
         recording={"enable_cuda_graph": "1"},
         # as many as are told apart by `gpu_graph_id`; each keeps the buffers of one set of shapes, so a few
         graphs=4,
-        # seen with the library of 1.31.1
-        bf16="it has no bf16 DepthToSpace and Pad; use --provider ort-tensorrt, or export with --precision fp16",
+        # DepthToSpace and Pad in 1.31.1, which the exporter keeps in fp32; another version may lack others
+        bf16="it does not have every operator in bf16; use --provider ort-tensorrt, or export with --precision fp16",
     ),
     "ort-tensorrt": OrtProvider(
         "TensorrtExecutionProvider",

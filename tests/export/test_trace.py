@@ -49,6 +49,21 @@ def test_an_engine_traces(name: str, precision: Precision, tmp_path: Path) -> No
     assert external <= set(keys)
 
 
+@pytest.mark.parametrize("name", ["stage_b.step", "stage_a.decode", "stage_a.encode"])
+def test_no_bf16_operator_that_cuda_lacks(name: str, tmp_path: Path) -> None:
+    """ONNX Runtime's CUDA provider has no DepthToSpace and no Pad in bfloat16."""
+    config = json.loads(json.dumps(SMALL_CONFIGS[ENGINES[name].model]))
+    traced = trace(ENGINES[name].resolve(dims_of(name, config), "bf16"), config, "bf16")
+    source = weights_of(ENGINES[name].model, config, Component(config, None))
+    places = write_safetensors(tmp_path / "w.safetensors", traced.weights, source, torch.bfloat16)
+    save(traced, tmp_path / "g.onnx", "w.safetensors", places, torch.bfloat16)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "g.onnx", load_external_data=False)).graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
+    found = [(n.op_type, kinds[n.input[0]]) for n in graph.node if n.op_type in ("DepthToSpace", "Pad")]
+    assert found
+    assert {kind for _, kind in found} == {onnx.TensorProto.FLOAT}
+
+
 def test_matrices_go_into_products_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     """A weight behind a Transpose would be copied by every runtime that loads the graph."""
     config = json.loads(json.dumps(SMALL_CONFIGS["stage_c"]))

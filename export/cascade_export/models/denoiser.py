@@ -446,8 +446,9 @@ class Denoiser(nn.Module):
             if i < self.config.levels - 1:
                 x = shrink(self.up_upscalers[i](x), scales.up[i + 1])
         norm, project, shuffle = self.clf
-        y: Tensor = shuffle(project(norm(x)).permute(0, 3, 1, 2))
-        return y.float()
+        # float32 first: ONNX Runtime's CUDA provider has no DepthToSpace in bfloat16
+        y: Tensor = shuffle(project(norm(x)).permute(0, 3, 1, 2).float())
+        return y
 
     def _condition_tokens(self, pooled: Tensor, text: Tensor | None, image: Tensor | None) -> Tensor:
         def tokens(mapper: nn.Linear, x: Tensor) -> Tensor:

@@ -65,10 +65,19 @@ class MixingResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         g = self.gammas
         h = (layer_norm(x) * (1 + g[0]) + g[1]).permute(0, 3, 1, 2)
-        h = self.depthwise[1](F.pad(h, (1, 1, 1, 1), mode="replicate"))
+        h = self.depthwise[1](_repeat_edges(h))
         x = x + h.permute(0, 2, 3, 1) * g[2]
         y: Tensor = self.channelwise(layer_norm(x) * (1 + g[3]) + g[4])
         return x + y * g[5]
+
+
+def _repeat_edges(x: Tensor) -> Tensor:
+    """``[B, C, H, W]`` with one more row and column on every side, in float32 where it is bfloat16.
+
+    ONNX Runtime's CUDA provider has no Pad in bfloat16; in float16 and float32 it does.
+    """
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    return F.pad(wide, (1, 1, 1, 1), mode="replicate").to(x.dtype)
 
 
 class _Latents(nn.Sequential):
@@ -123,5 +132,6 @@ class StageA(nn.Module):
         """Unscaled latents ``[B, 4, H/4, W/4]`` float32 -> ``[B, 3, H, W]`` float32, not clamped."""
         x = self.up_blocks(latents.to(self.dtype).permute(0, 2, 3, 1))
         project, shuffle = self.out_block
-        y: Tensor = shuffle(project(x).permute(0, 3, 1, 2))
-        return y.float()
+        # float32 first: ONNX Runtime's CUDA provider has no DepthToSpace in bfloat16
+        y: Tensor = shuffle(project(x).permute(0, 3, 1, 2).float())
+        return y
