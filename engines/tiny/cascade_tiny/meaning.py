@@ -9,7 +9,7 @@ Learned latents were tried first (an autoencoder through a small deterministic d
 minutes of one core, they held every colour and place, but shapes only as blots; these need no training at all.
 
 The semantic encoder learns to read these numbers from pictures, Stage C to make them from captions, and Stage B to draw
-from them. All three can be trained beside one another.
+from them. All three can be trained beside one another; at the end Stage B and the encoder are trained as one.
 """
 
 from __future__ import annotations
