@@ -20,7 +20,7 @@ from typing import Any
 from cascade_rt.errors import CheckpointError
 
 from . import presets
-from .models.denoiser import BLOCK_TYPES
+from .models.denoiser_config import BLOCK_TYPES
 from .weights import Origin, RenamedSource, Shape, TensorSource
 
 HEAD_DIM = 64

@@ -10,7 +10,7 @@ from cascade_rt.stages import Size
 
 from .components import ScheduleFacts
 from .models import DenoiserConfig, EffNetConfig, StageAConfig
-from .models.denoiser import BLOCK_TYPES
+from .models.denoiser_config import BLOCK_TYPES
 
 PRIOR_REPO = "stabilityai/stable-cascade-prior"
 DECODER_REPO = "stabilityai/stable-cascade"

@@ -10,7 +10,8 @@ from torch import nn
 from cascade_rt.errors import CheckpointError
 
 from .clip import build_image_encoder, build_text_encoder
-from .denoiser import Context, Denoiser, DenoiserConfig, StreamScales, timestep_embedding
+from .denoiser import Context, Denoiser, StreamScales, timestep_embedding
+from .denoiser_config import DenoiserConfig
 from .effnet import EffNetConfig, SemanticEncoder
 from .previewer import Previewer
 from .stage_a import StageA, StageAConfig
