@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cascade_rt.backends import PROVIDERS
 from cascade_rt.bundle import Bundle
 from cascade_rt.request import plan_sizes
+from cascade_rt.stages import Size
 
 OURS = "cascade-rt"
 TORCH_PEERS = ("eager", "compile", "compile-max-autotune")
@@ -52,7 +53,7 @@ class Job:
     peer: str
     provider: str
     precision: str
-    size: str
+    size: Size
     batch: int
     pixels: int
     steps: tuple[int, int]

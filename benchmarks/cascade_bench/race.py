@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cascade_bench.jobs import HOST, OURS, PICTURE, Job, draw
+from cascade_bench.prepare import bundle_folder
 from cascade_bench.roofline import Roof, Work
 from cascade_rt.bundle import find_bundle
 
@@ -343,13 +344,18 @@ def _compare(
 
 def _reference(job: Job, feeds_file: Path, folder: Path, limit: float) -> NDArray[np.float32] | None:
     """Eager fp32's answer where it does not race itself; None, and a line on standard error, where it cannot run."""
-    bundle = Path(job.bundle).with_name(f"{job.size}-fp32")
-    if job.precision != "fp32" and not bundle.is_dir():
-        print(f"no fp32 weights for {job.what}: its rows have no rel_error", file=sys.stderr)
+    bundle = Path(job.bundle)
+    source = bundle if job.precision == "fp32" else bundle_folder(bundle.parent, job.size, "fp32")
+    if not source.is_dir():
+        print(
+            f"no fp32 weights for {job.what}: its rows have no rel_error. Make them first with: "
+            f"cascade-export --stage all --size {job.size} --precision fp32 --checkpoint random:0 --no-verify "
+            f"--out {source}",
+            file=sys.stderr,
+        )
         return None
-    source = job.bundle if job.precision == "fp32" else str(bundle)
     try:
-        eager = replace(job, peer="eager", precision="fp32", bundle=source, provider="cpu")
+        eager = replace(job, peer="eager", precision="fp32", bundle=str(source), provider="cpu")
         racer = start(eager, feeds_file, folder, limit)
     except RacerError as error:
         print(f"no fp32 reference for {job.what}: {error}", file=sys.stderr)

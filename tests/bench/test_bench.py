@@ -88,6 +88,17 @@ def test_a_row_without_eager_beside_it_still_has_its_error() -> None:
     assert ours.ratio_to_eager is None
 
 
+def test_half_precision_is_compared_with_the_fp32_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shipped ones for tiny, wherever the bundle in half precision lies; of random weights, those of its folder."""
+    elsewhere = tmp_path / "tiny-fp16"
+    elsewhere.symlink_to(find_bundle(None).path)
+    (ours,) = run(job("stage_a.decode", precision="fp16", bundle=str(elsewhere)), repeats=1)
+    assert ours.rel_error is not None
+    (ours,) = run(job("stage_a.decode", precision="fp16", bundle=str(elsewhere), size="small"), repeats=1)
+    assert ours.rel_error is None
+    assert "cascade-export --stage all --size small --precision fp32" in capsys.readouterr().err
+
+
 def test_an_absent_provider_is_a_row_with_its_reason() -> None:
     ours, cuda = run(job("stage_a.decode"), job("stage_a.decode", provider="tensorrt"), repeats=1)
     assert ours.median_s is not None
