@@ -49,14 +49,14 @@ test-wheel: $(VENV)/.dev
 	cd build/wheel && venv/bin/python -m pytest -ra --import-mode=importlib -p no:cacheprovider tests
 
 $(VENV)/.bench: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) $(PINS) -e '.[bench]'
+	$(PIP) $(PINS) -e '.[bench,openvino]'
 	touch $@
 
 # exit code 1 of the accuracy: a goal was missed, and it says which
 bench: $(VENV)/.bench
 	mkdir -p build
 	$(BIN)/cascade-bench --stage text --stage c --stage b --stage a --stage picture --stage host \
-		--peer eager,compile --repeat 15 --json build/race_tiny_cpu.json --plot build/race_tiny_cpu.png
+		--peer eager,compile --provider cpu,openvino --repeat 15 --json build/race_tiny_cpu.json --plot build/race_tiny_cpu.png
 	$(BIN)/cascade-bench --stage cold-start --stage import --repeat 7 --json build/startup.json
 	$(BIN)/python benchmarks/tiny_accuracy.py --json build/tiny_accuracy.json
 

@@ -78,32 +78,30 @@ def resolve_provider(provider: str) -> str:
                 f"pip install 'cascade-rt[{PROVIDERS[provider].extra}]', and needs an NVIDIA GPU"
             )
         return provider
-    at_hand = _graph_providers()
+    wanted = ("cuda", "cpu", "openvino") if provider == "auto" else (provider,)
+    if (found := next(filter(_runs_graphs, wanted), None)) is not None:
+        return found
+    at_hand = [name for name, row in PROVIDERS.items() if row.runtime == "onnx" and _runs_graphs(name)]
     if not at_hand:
         extra = PROVIDERS["cpu" if provider == "auto" else provider].extra
         raise EngineError(f"no engine runtime is installed; install one with: pip install 'cascade-rt[{extra}]'")
-    if provider == "auto":
-        return next(name for name in ("cuda", "cpu", "openvino") if name in at_hand)
-    if provider not in at_hand:
-        raise EngineError(
-            f"provider {provider} is not available here; available: {', '.join(at_hand)}. It is installed with: "
-            f"pip install 'cascade-rt[{PROVIDERS[provider].extra}]', and needs a device that it supports"
-        )
-    return provider
+    raise EngineError(
+        f"provider {provider} is not available here; available: {', '.join(at_hand)}. It is installed with: "
+        f"pip install 'cascade-rt[{PROVIDERS[provider].extra}]', and needs a device that it supports"
+    )
 
 
-def _graph_providers() -> list[str]:
-    """Providers of graphs that this installation has: ONNX Runtime's, and OpenVINO's own."""
-    found = []
-    if importlib.util.find_spec("onnxruntime") is not None:
-        from .ort import available_providers
+def _runs_graphs(provider: str) -> bool:
+    """Whether a provider of graphs is installed and has its device here. To ask costs what loading its library does."""
+    if provider == "openvino":
+        from . import openvino
 
-        found = available_providers()
-    from . import openvino
+        return openvino.installed() or _plugin_knows_this_machine()
+    if importlib.util.find_spec("onnxruntime") is None:
+        return False
+    from .ort import available
 
-    if "openvino" not in found and openvino.installed():
-        found.append("openvino")
-    return found
+    return available(provider)
 
 
 def find_record(bundle: Bundle, name: str, provider: str) -> EngineRecord:
@@ -162,6 +160,6 @@ def _plugin_knows_this_machine() -> bool:
     """Whether ONNX Runtime's OpenVINO plugin is installed and has a device here."""
     if importlib.util.find_spec("onnxruntime") is None:
         return False
-    from .ort import available_providers
+    from .ort import available
 
-    return "openvino" in available_providers()
+    return available("openvino")

@@ -36,17 +36,14 @@ _SHAPE_WORK = {
 }
 
 
-def available_providers() -> list[str]:
-    """Names of the providers that this installation of ONNX Runtime can use on this machine."""
-    found = ["cpu"]
-    if openvino_devices():
-        found.append("openvino")
-    built_in = ort.get_available_providers()  # what was compiled in, whether or not there is a GPU
-    if TABLE["cuda"].ep in built_in and _has_gpu():
-        found.append("cuda")
-        if TABLE["ort-tensorrt"].ep in built_in and importlib.util.find_spec("tensorrt") is not None:
-            found.append("ort-tensorrt")
-    return found
+def available(provider: str) -> bool:
+    """Whether this installation of ONNX Runtime can use a provider of `TABLE` on this machine."""
+    if provider == "openvino":
+        return bool(openvino_devices())
+    # what was compiled in, whether or not there is a GPU
+    if TABLE[provider].ep not in ort.get_available_providers() or (TABLE[provider].device == "cuda" and not _has_gpu()):
+        return False
+    return provider != "ort-tensorrt" or importlib.util.find_spec("tensorrt") is not None
 
 
 def _has_gpu() -> bool:

@@ -39,3 +39,10 @@ def test_the_check_can_fail() -> None:
 
 def test_importing_the_package_opens_no_engine_runtime() -> None:
     assert run("import sys, cascade_rt; print('onnxruntime' in sys.modules)") == "False"
+
+
+def test_a_picture_that_nobody_watches_loads_no_progress_bar() -> None:
+    code = "import sys; from cascade_rt import CascadePipeline\n"
+    code += "CascadePipeline.from_pretrained()('red', seed=0, prior_num_inference_steps=1, num_inference_steps=1)\n"
+    code += "print('tqdm' in sys.modules)"
+    assert run(code) == "False"

@@ -319,7 +319,7 @@ def test_compiled_in_is_not_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_backend, "gpu_sm", lambda: 89)
     assert resolve_provider("auto") == "cuda"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorrt" else object())
-    assert "ort-tensorrt" not in ort_backend.available_providers()
+    assert not ort_backend.available("ort-tensorrt")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert resolve_provider("ort-tensorrt") == "ort-tensorrt"
 
@@ -532,3 +532,17 @@ def test_the_table_of_engines_has_steps(bundle: Bundle) -> None:
     assert steps == {"stage_c.step", "stage_b.step"}
     assert ort_options.records_calls is records_calls
     assert backends.engine_runtime("ort-tensorrt") == "onnx"
+
+
+def test_auto_looks_no_further_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask for OpenVINO's devices loads its library, which takes longer than a small model."""
+
+    def asked() -> None:
+        raise AssertionError("OpenVINO was asked for its devices")
+
+    monkeypatch.setattr(ort_backend, "openvino_devices", asked)
+    if resolve_provider("auto") == "openvino":
+        pytest.skip("there is nothing else here")
+    assert resolve_provider("cpu") == "cpu"
+    with pytest.raises(AssertionError):
+        ort_backend.available("openvino")

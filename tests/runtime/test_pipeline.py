@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,19 @@ def test_long_and_empty_and_foreign_prompts(pipe: CascadePipeline) -> None:
 def test_bad_requests(pipe: CascadePipeline, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         pipe(**{"prompt": "x", "prior_guidance_scale": 2.0, **arguments})
+
+
+def test_a_bar_is_shown_to_who_asks(shipped: Path) -> None:
+    shown = io.StringIO()
+    with CascadePipeline.from_pretrained(shipped) as pipe:
+        pipe.set_progress_bar_config(file=shown, disable=False)
+        pipe("red", seed=0, prior_num_inference_steps=2, num_inference_steps=1)
+        assert "stage c" in shown.getvalue()
+        assert "stage b" in shown.getvalue()
+        before = shown.getvalue()
+        pipe.set_progress_bar_config(file=shown, disable=True)
+        pipe("red", seed=0, prior_num_inference_steps=2, num_inference_steps=1)
+        assert shown.getvalue() == before
 
 
 def test_a_closed_pipeline_refuses(shipped: Path) -> None:
