@@ -7,6 +7,8 @@ in NumPy, as in the loop.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -137,16 +139,15 @@ class OurPriorLoop(Peer):
     def __init__(self, job: Job, feeds: Feeds) -> None:
         super().__init__(job, feeds)
         if engine_runtime(job.provider) != "onnx":
-            raise SkipError("the host share is measured with ONNX Runtime")
+            raise SkipError("the host share is measured with ONNX Runtime and OpenVINO")
         threads = job.threads if job.device == "cpu" else None
         self._pipe = CascadePipeline(self.bundle, job.provider, threads=threads)
         self._pipe.set_progress_bar_config(disable=True)
         self._in_engines = 0.0
-        self._watch_sessions()
+        self._watch_engines()
 
-    def _watch_sessions(self) -> None:
-        """Adds up the time inside ONNX Runtime's calls: the engines, and nothing of ours around them."""
-        import onnxruntime
+    def _watch_engines(self) -> None:
+        """Adds up the time inside the runtime's calls: the engines, and nothing of ours around them."""
 
         def timed(method: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **options: Any) -> Any:
@@ -158,8 +159,15 @@ class OurPriorLoop(Peer):
 
             return run
 
-        for name in ("run_with_ort_values", "run_with_iobinding"):
-            setattr(onnxruntime.InferenceSession, name, timed(getattr(onnxruntime.InferenceSession, name)))
+        watched: list[tuple[str, str, tuple[str, ...]]]
+        watched = [("onnxruntime", "InferenceSession", ("run_with_ort_values", "run_with_iobinding"))]
+        if self.job.provider == "openvino":  # under ONNX Runtime, or by itself where that does not know the processor
+            watched.append(("openvino", "InferRequest", ("infer",)))
+        for runtime, owner, names in watched:
+            if importlib.util.find_spec(runtime) is not None:
+                calls = getattr(importlib.import_module(runtime), owner)
+                for name in names:
+                    setattr(calls, name, timed(getattr(calls, name)))
 
     def call(self) -> None:  # noqa: D102
         text, pooled = self.feeds["clip_text"], self.feeds["clip_text_pooled"]

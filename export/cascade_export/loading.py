@@ -30,8 +30,10 @@ def weights_of(name: str, config: dict[str, Any], component: Component) -> Tenso
 def load_fp32(name: str, config: dict[str, Any], source: TensorSource) -> nn.Module:
     """The module in fp32 with its weights."""
     module = build_model(name, config)
-    state = {n: source.read(n).float() for n in module.state_dict() if n in source.shapes}
-    module.load_state_dict(state, strict=False)
+    with torch.no_grad():  # one tensor at a time: a second copy of the largest model would not fit beside the first
+        for key, value in module.state_dict().items():
+            if key in source.shapes:
+                value.copy_(source.read(key))
     return module
 
 

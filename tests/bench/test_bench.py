@@ -123,8 +123,11 @@ def test_contexts_are_timed_for_us_alone() -> None:
     assert ours.rel_error is None
 
 
-def test_the_host_share_of_a_loop_is_measured() -> None:
-    (loop,) = run(job(jobs.HOST, batch=2), repeats=1)
+@pytest.mark.parametrize("provider", ["cpu", "openvino"])
+def test_the_host_share_of_a_loop_is_measured(provider: str) -> None:
+    (loop,) = run(job(jobs.HOST, batch=2, provider=provider), repeats=1)
+    if loop.skipped and "not available" in loop.skipped:
+        pytest.skip(loop.skipped)
     assert loop.host_share is not None
     assert 0 < loop.host_share < 0.9
     assert loop.steps == (2, 1)
