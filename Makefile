@@ -49,7 +49,7 @@ test-wheel: $(VENV)/.dev
 	cd build/wheel && venv/bin/python -m pytest -ra --import-mode=importlib -p no:cacheprovider tests
 
 $(VENV)/.bench: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) $(PINS) -e '.[bench,openvino]'
+	$(PIP) $(PINS) -e '.[bench,onnxruntime,openvino]'
 	touch $@
 
 # exit code 1 of the accuracy: a goal was missed, and it says which

@@ -258,7 +258,8 @@ class Runner:
     def _with_bar(self, steps: range, label: str) -> Iterable[int]:
         """Steps behind a progress bar, if anybody sees one: to import tqdm takes 30 ms."""
         hidden = self.bar.get("disable")
-        if hidden or (hidden is None and "file" not in self.bar and not sys.stderr.isatty()):
+        terminal = getattr(sys.stderr, "isatty", None)  # a logger's stream may have none
+        if hidden or (hidden is None and "file" not in self.bar and not (terminal and terminal())):
             return steps
         from tqdm import tqdm
 

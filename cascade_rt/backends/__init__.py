@@ -61,7 +61,8 @@ def resolve_provider(provider: str) -> str:
     """Turn ``auto`` into the best provider at hand, and refuse what is not there.
 
     ``auto`` is CUDA where ONNX Runtime and the machine have it, else the CPU provider; OpenVINO where it is asked for
-    or alone; TensorRT never, as it builds for minutes before the first picture.
+    or alone. TensorRT is always asked for by name: `ort-tensorrt` builds for minutes before the first picture, and
+    plans are chosen when they are exported.
 
     Raises:
         RequestError: an unknown name.

@@ -103,11 +103,14 @@ class OrtEngine:
         if self.device == "cuda":
             load_libraries(provider)
         if records_calls(provider, record.spec):
+            reason = ""
             try:
                 self._session = self._open(recording=True)
                 self.recorder = Recorder(self, TABLE[provider].graphs)
             except EngineError as error:
-                self.stop_recording(str(error))
+                reason = str(error)
+            if reason:  # out of the handler: the error's traceback keeps the session that failed
+                self.stop_recording(reason)
         else:
             self._session = self._open(recording=False)
 
@@ -172,6 +175,14 @@ class OrtEngine:
         if self._session is None:
             raise EngineError(f"{self.spec.name} was closed")
         return self._session
+
+    def check_open(self) -> None:
+        """Refuse a closed engine; who asks for the session keeps it.
+
+        Raises:
+            EngineError: the engine was closed.
+        """
+        _ = self.session
 
     def close(self) -> None:
         """Give back the session's memory, and what was recorded in it."""

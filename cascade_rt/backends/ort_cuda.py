@@ -37,12 +37,13 @@ class CudaBound:
         """Run with the remaining inputs; see `BoundEngine`."""
         engine = self._engine
         check_feeds(engine.spec, {**self.constants, **feeds})
-        _ = engine.session  # refuse before anything is allocated
+        engine.check_open()  # refuse before anything is allocated
         if engine.recorder is not None:
             try:
                 return engine.recorder.run(self, feeds)
             except RecordingError as error:
-                engine.stop_recording(str(error))
+                reason = str(error)
+            engine.stop_recording(reason)  # out of the handler: the error's traceback keeps the session
         return self._plainly(feeds)
 
     def _plainly(self, feeds: Mapping[str, Host]) -> dict[str, Value]:
@@ -51,7 +52,7 @@ class CudaBound:
         if {n: tuple(v.shape()) for n, v in self._inputs.items()} != {n: a.shape for n, a in feeds.items()}:
             self._inputs = {n: empty(engine, n, a.shape) for n, a in feeds.items()}
         for name, array in feeds.items():
-            self._inputs[name].update_inplace(array)
+            copy(engine, self._inputs[name], array)
         binding = engine.session.io_binding()
         for name, value in {**{n: t.value for n, t in self.constants.items()}, **self._inputs}.items():
             binding.bind_ortvalue_input(name, value)
@@ -109,7 +110,7 @@ class RecordedCall:
 
     Constants are copied to where the graph reads them when another prompt brings others. Binding them where they lie
     would need a graph for every prompt, and recording one costs two runs of the network; the copy moves, within the
-    GPU, less than a hundredth of the weights that every step reads.
+    GPU, one to two hundredths of the weights that every step reads.
     """
 
     def __init__(self, engine: OrtEngine, shapes: Shapes, number: int) -> None:
@@ -136,11 +137,12 @@ class RecordedCall:
     def run(self, bound: CudaBound, feeds: Mapping[str, Host]) -> dict[str, Value]:
         """Copy in, replay, copy out. In the first call ONNX Runtime warms up, records and replays."""
         if self._holds is None or self._holds() is not bound:
+            self._holds = None  # nobody's, if a copy fails on the way
             for name, tensor in bound.constants.items():
-                self._inputs[name].update_inplace(tensor.value)
+                copy(self._engine, self._inputs[name], tensor.value)
             self._holds = weakref.ref(bound)
         for name, array in feeds.items():
-            self._inputs[name].update_inplace(array)
+            copy(self._engine, self._inputs[name], array)
         try:
             execute(self._engine, self._binding, self._options)
         except EngineError as error:
@@ -150,9 +152,28 @@ class RecordedCall:
 
 
 def empty(engine: OrtEngine, name: str, shape: tuple[int, ...] | list[int]) -> ort.OrtValue:
-    """Memory for a tensor of an engine, where it runs."""
+    """Memory for a tensor of an engine, where it runs.
+
+    Raises:
+        EngineError: there is not enough.
+    """
     specs: dict[str, TensorSpec] = {t.name: t for t in (*engine.spec.inputs, *engine.spec.outputs)}
-    return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _ONNX_TYPE[specs[name].dtype], engine.device, 0)
+    try:
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _ONNX_TYPE[specs[name].dtype], engine.device, 0)
+    except Exception as error:  # the runtime raises its own unexported exception types
+        raise EngineError(f"{engine.spec.name}: no memory for {name} {list(shape)}: {first_line(error)}") from error
+
+
+def copy(engine: OrtEngine, target: ort.OrtValue, source: Host | ort.OrtValue) -> None:
+    """Copy a tensor to where an engine reads it.
+
+    Raises:
+        EngineError: it failed.
+    """
+    try:
+        target.update_inplace(source)
+    except Exception as error:  # the runtime raises its own unexported exception types
+        raise EngineError(f"{engine.spec.name}: an input cannot be copied: {first_line(error)}") from error
 
 
 def execute(engine: OrtEngine, binding: ort.IOBinding, options: ort.RunOptions | None) -> None:

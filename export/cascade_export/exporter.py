@@ -39,7 +39,7 @@ from .checkpoints import BundleCheckpoint
 from .components import Checkpoint, Facts
 from .graphs import dims_of
 from .loading import load_fp32, plain_json, weights_of
-from .models import Denoiser, StageAConfig, StreamScales
+from .models import Denoiser, DenoiserConfig, StageAConfig, StreamScales
 from .plans import build_plans, drop_stale_plans
 from .precision import fit_scales, prompt_conditions
 from .request import ExportRequest, Report
@@ -213,6 +213,9 @@ class _Builder:
 
     def _verify(self, specs: list[EngineSpec], config: dict[str, Any], source: TensorSource) -> dict[str, Any]:
         """Compare the stage's engines, as they lie in the folder, with fp32 PyTorch."""
+        denoiser = specs[0].model in ("stage_b", "stage_c")
+        # before the denoiser is loaded: the text encoder need not lie beside it
+        conditions = prompt_conditions(DenoiserConfig.from_dict(config), self._checkpoint) if denoiser else {}
         module = load_fp32(specs[0].model, config, source)
         precision = self._request.precision
         provider = bf16_provider() if precision == "bf16" else resolve_provider("cpu")
@@ -226,7 +229,7 @@ class _Builder:
         try:
             figures = verify_stage(specs, module, run, precision)
             if isinstance(module, Denoiser):
-                figures[f"{specs[0].model}.step"]["loop"] = self._verify_loop(specs, module, run)
+                figures[f"{specs[0].model}.step"]["loop"] = self._verify_loop(specs, module, run, conditions)
         finally:
             for engine in engines.values():
                 engine.close()
@@ -236,7 +239,9 @@ class _Builder:
             self._graphs.engines[key] = replace(self._graphs.engines[key], verification={"provider": by, **row})
         return figures
 
-    def _verify_loop(self, specs: list[EngineSpec], module: Denoiser, run: RunEngine) -> dict[str, Any]:
+    def _verify_loop(
+        self, specs: list[EngineSpec], module: Denoiser, run: RunEngine, conditions: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
         """Compare a whole loop, as the bundle's default sampler runs it, with one of fp32 PyTorch."""
         name = specs[0].model
         facts, sampling = self._facts()
@@ -251,7 +256,6 @@ class _Builder:
             scaler=defaults.scaler,
             s=defaults.s,
         )
-        conditions = prompt_conditions(module, self._checkpoint)
         with _bar(2 * len(schedule), f"verify {name}'s loop", self._request.quiet) as bar:
             figures = verify_loop(
                 specs, module, run, self._request.precision, schedule, defaults, conditions, progress=bar.update

@@ -31,7 +31,7 @@ from cascade_rt.text import PromptTokenizer, PromptTruncatedWarning, TokenizerRe
 
 from .components import Checkpoint
 from .loading import load_fp32, plain_json, weights_of
-from .models import Denoiser, StreamScales
+from .models import Denoiser, DenoiserConfig, StreamScales
 from .models.blocks import Attention, AttnBlock, GlobalResponseNorm, ResBlock, TimestepBlock
 from .models.clip import encode_text
 from .weights import TensorSource
@@ -132,9 +132,9 @@ def scan_record(activations: Activations, scales: StreamScales) -> dict[str, Any
     }
 
 
-def seeded_conditions(module: Denoiser, seed: int = 0) -> dict[str, Tensor]:
+def seeded_conditions(config: DenoiserConfig, seed: int = 0) -> dict[str, Tensor]:
     """Conditions for a scan where the checkpoint has no text encoder: of the size that CLIP's have."""
-    c, g = module.config, torch.Generator().manual_seed(seed)
+    c, g = config, torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(SCAN_BATCH, *shape, generator=g)
@@ -148,14 +148,14 @@ def seeded_conditions(module: Denoiser, seed: int = 0) -> dict[str, Tensor]:
     return conditions
 
 
-def prompt_conditions(module: Denoiser, checkpoint: Checkpoint) -> dict[str, Tensor]:
+def prompt_conditions(config: DenoiserConfig, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Conditions for a scan: of `SCAN_PROMPTS` where the checkpoint can encode them, else seeded ones."""
-    conditions = seeded_conditions(module)
+    conditions = seeded_conditions(config)
     component, tokenizer = checkpoint.component("text_encoder"), checkpoint.tokenizer()
     if component is None or component.weights is None or tokenizer is None:
         return conditions
-    config = plain_json(component.config)
-    encoder = load_fp32("text_encoder", config, weights_of("text_encoder", config, component))
+    own = plain_json(component.config)
+    encoder = load_fp32("text_encoder", own, weights_of("text_encoder", own, component))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptTruncatedWarning)
         path = Path(folder) / "tokenizer.json"
@@ -188,9 +188,10 @@ def fit_scales(
     Raises:
         ExportError: it overflows where no factor reaches.
     """
+    conditions = prompt_conditions(DenoiserConfig.from_dict(config), checkpoint)
     module = load_fp32(name, config, source)
     assert isinstance(module, Denoiser)
-    seen = scan(module, prompt_conditions(module, checkpoint), prediction_type)
+    seen = scan(module, conditions, prediction_type)
     scales = choose_scales(seen)
     return scales, scan_record(seen, scales)
 

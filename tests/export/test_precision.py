@@ -60,7 +60,7 @@ def run(module: Denoiser, seed: int = 0, ratio: float = 0.7) -> np.ndarray:
     side = max(8, 2 * module.config.granularity)
     latents = torch.randn(2, module.config.in_channels, side, side, generator=torch.Generator().manual_seed(seed))
     dtype = module.dtype
-    conditions = {k: v.to(dtype) for k, v in seeded_conditions(module).items()}
+    conditions = {k: v.to(dtype) for k, v in seeded_conditions(module.config).items()}
     with torch.inference_mode():
         return module(latents, torch.full((2,), ratio), **conditions).float().numpy()
 
@@ -69,13 +69,13 @@ def run(module: Denoiser, seed: int = 0, ratio: float = 0.7) -> np.ndarray:
 def test_rescaling_changes_nothing_but_sizes(config: dict[str, Any]) -> None:
     module = make(config)
     wanted = run(module)
-    plain = scan(module, seeded_conditions(module), "epsilon")
+    plain = scan(module, seeded_conditions(module.config), "epsilon")
     levels = module.config.levels
     scales = StreamScales(tuple(2.0**i for i in range(levels)), tuple(2.0 ** (5 - i) for i in range(levels)))
     module.stream_scales = scales
     assert rel_l2(run(module), wanted) <= 1e-6
     # and it does change the sizes: the scan of the rescaled module sees each level's stream divided
-    scaled = scan(module, seeded_conditions(module), "epsilon")
+    scaled = scan(module, seeded_conditions(module.config), "epsilon")
     for before, after, scale in zip(
         plain.down + plain.up, scaled.down + scaled.up, scales.down + scales.up, strict=True
     ):
@@ -93,7 +93,7 @@ def test_scales_are_powers_of_two() -> None:
 
 def test_the_choice_is_the_smallest_that_fits() -> None:
     module = make(STAGE_C, growth=3e4)
-    seen = scan(module, seeded_conditions(module), "epsilon")
+    seen = scan(module, seeded_conditions(module.config), "epsilon")
     scales = choose_scales(seen)
     assert scales.down == (1.0, 1.0)
     assert scales.up[0] == 1.0
@@ -105,7 +105,7 @@ def test_naive_fp16_overflows_and_rescaled_fp16_does_not() -> None:
     """In eager PyTorch, whose fp16 rounds after every operation."""
     module = make(STAGE_C, growth=3e4)
     wanted = run(module)
-    scales = choose_scales(scan(module, seeded_conditions(module), "epsilon"))
+    scales = choose_scales(scan(module, seeded_conditions(module.config), "epsilon"))
     half = make(STAGE_C, growth=3e4).half()
     assert not np.isfinite(run(half)).all()
     half.stream_scales = scales
@@ -166,7 +166,7 @@ def test_what_no_factor_reaches_is_refused(tmp_path: Path) -> None:
             if name.endswith("channelwise.0.weight"):
                 parameter.mul_(2e4)
     with pytest.raises(ExportError, match="still overflows fp16 inside its blocks"):
-        choose_scales(scan(module, seeded_conditions(module), "epsilon"))
+        choose_scales(scan(module, seeded_conditions(module.config), "epsilon"))
 
 
 @pytest.mark.parametrize(("precision", "bound"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])

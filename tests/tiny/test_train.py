@@ -84,6 +84,18 @@ def test_a_stage_without_the_one_before_names_the_command(tmp_path: Path, capsys
     assert "--stage" in capsys.readouterr().err
 
 
+def test_the_joint_training_goes_with_its_weights(one_step: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish(one_step, one_step / "published")
+    trainer("b", one_step).run(2, quiet=True)
+    with pytest.raises(train.TrainingError, match=r"rm .*joint\.pt && python -m cascade_tiny\.train .* --stage joint"):
+        publish(one_step, one_step / "published")
+    assert train.main(["--out", str(one_step), "--stage", "joint", "--quiet", "--device", "cpu", "--batch", "2"]) == 1
+    assert "other weights than b.pt and semantic.pt hold now" in capsys.readouterr().err
+    (one_step / "joint.pt").unlink()
+    trainer("joint", one_step).run(1, quiet=True)
+    publish(one_step, one_step / "published")
+
+
 def test_latents_of_other_weights_are_made_anew(tmp_path: Path) -> None:
     made = []
 

@@ -66,7 +66,7 @@ def trained(out: Path, stage: str, device: torch.device) -> nn.ModuleDict:
     """The averaged networks of a stage, frozen.
 
     Raises:
-        TrainingError: the stage was not trained in this folder.
+        TrainingError: the stage was not trained in this folder, or from other weights than lie there now.
     """
     path = out / f"{stage}.pt"
     if not path.is_file():
@@ -74,8 +74,26 @@ def trained(out: Path, stage: str, device: torch.device) -> nn.ModuleDict:
             f"{path} is not there; train it first: python -m cascade_tiny.train --out {out} --stage {stage}"
         )
     networks = build(stage)
-    networks.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    _check_origin(state, out, stage)
+    networks.load_state_dict(state["average"])
     return networks.to(device).eval().requires_grad_(False)
+
+
+def origin(out: Path, stage: str) -> str:
+    """A digest of the weights that a stage goes on from; empty where it begins by itself."""
+    if stage != "joint":
+        return ""
+    return "".join(fingerprint(trained(out, before, torch.device("cpu"))) for before in ("b", "semantic"))
+
+
+def _check_origin(state: dict[str, object], out: Path, stage: str) -> None:
+    if state.get("origin", "") != origin(out, stage):
+        path = out / f"{stage}.pt"
+        raise TrainingError(
+            f"{path} went on from other weights than b.pt and semantic.pt hold now; train it anew: "
+            f"rm {path} && python -m cascade_tiny.train --out {out} --stage {stage}"
+        )
 
 
 def fingerprint(networks: nn.Module) -> str:
@@ -310,8 +328,11 @@ class Trainer:
         self.parameters = [p for p in task.networks.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {k: v.clone() for k, v in task.networks.state_dict().items()}
+        self.origin = origin(path.parent, task.stage)
         if path.is_file():
-            self._load(torch.load(path, map_location=task.device, weights_only=True))
+            state = torch.load(path, map_location=task.device, weights_only=True)
+            _check_origin(state, path.parent, task.stage)
+            self._load(state)
         # optimizers and loading write weights in place, so these lists stay true
         current = task.networks.state_dict()
         names = [k for k, v in current.items() if v.is_floating_point()]
@@ -328,6 +349,7 @@ class Trainer:
         data.save(
             {
                 "step": self.step,
+                "origin": self.origin,
                 "weights": self.task.networks.state_dict(),
                 "average": self.average,
                 "optimizer": self.optimizer.state_dict(),
