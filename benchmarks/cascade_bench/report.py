@@ -172,7 +172,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             error_kw={"elinewidth": 1, "capsize": 2},
         )
         where = f"{row['batch']} x {row['pixels']} px" if row["batch"] else ""
-        labels.append(f"{row['what']} {row['size']} {where} {row['precision']}")
+        provider = "" if row["provider"] == "cpu" else f" {row['provider']}"
+        labels.append(f"{row['what']} {row['size']} {where} {row['precision']}{provider}")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
