@@ -17,19 +17,10 @@ from cascade_rt import ExportError
 from cascade_rt.bundle import LoopDefaults
 from cascade_rt.sampling import make_schedule
 from cascade_rt.stages import engines_of
+from cascades import SMALL_CONFIGS
 from reference import randomize
 
-CONFIG: dict[str, Any] = {
-    "conditioning_dim": 32,
-    "block_out_channels": [32, 32],
-    "num_attention_heads": [2, 2],
-    "down_num_layers_per_block": [1, 1],
-    "up_num_layers_per_block": [1, 1],
-    "clip_text_in_channels": 24,
-    "clip_text_pooled_in_channels": 24,
-    "clip_image_in_channels": 16,
-    "switch_level": [False],
-}
+CONFIG = SMALL_CONFIGS["stage_c"]
 SCHEDULE = make_schedule("original", 6, shift=2.0)
 GUIDED = LoopDefaults(6, 4.0, guidance_rescale=0.7, shift=2.0)
 Change = Callable[[np.ndarray, int], np.ndarray]
@@ -95,6 +86,14 @@ def test_a_loop_is_refused_for_prompts_that_changed_places(module: Denoiser) -> 
 def test_a_loop_that_overflows_is_refused(module: Denoiser) -> None:
     with pytest.raises(ExportError, match="step 3 of a loop of 6 made NaN or infinity in fp16, and none in fp32"):
         check(module, GUIDED, lambda prediction, step: prediction * np.float32(np.inf if step == 2 else 1), "fp16")
+
+
+def test_no_engine_is_blamed_for_damaged_weights() -> None:
+    damaged = Denoiser(DenoiserConfig.from_dict(CONFIG)).eval()
+    with torch.no_grad():
+        next(damaged.clf.parameters()).fill_(float("nan"))
+    with pytest.raises(ExportError, match="made NaN or infinity in fp32 PyTorch already; the checkpoint is damaged"):
+        check(damaged, GUIDED, lambda prediction, _: prediction, "bf16")
 
 
 def test_figures_are_those_of_their_definitions() -> None:
