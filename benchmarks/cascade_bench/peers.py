@@ -8,7 +8,6 @@ in NumPy, as in the loop.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -159,15 +158,12 @@ class OurPriorLoop(Peer):
 
             return run
 
-        watched: list[tuple[str, str, tuple[str, ...]]]
-        watched = [("onnxruntime", "InferenceSession", ("run_with_ort_values", "run_with_iobinding"))]
-        if self.job.provider == "openvino":  # under ONNX Runtime, or by itself where that does not know the processor
-            watched.append(("openvino", "InferRequest", ("infer",)))
-        for runtime, owner, names in watched:
-            if importlib.util.find_spec(runtime) is not None:
-                calls = getattr(importlib.import_module(runtime), owner)
-                for name in names:
-                    setattr(calls, name, timed(getattr(calls, name)))
+        runtime, owner, names = "onnxruntime", "InferenceSession", ["run_with_ort_values", "run_with_iobinding"]
+        if self.job.provider == "openvino":
+            runtime, owner, names = "openvino", "InferRequest", ["infer"]
+        calls = getattr(importlib.import_module(runtime), owner)
+        for name in names:
+            setattr(calls, name, timed(getattr(calls, name)))
 
     def call(self) -> None:  # noqa: D102
         text, pooled = self.feeds["clip_text"], self.feeds["clip_text_pooled"]

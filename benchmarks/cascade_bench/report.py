@@ -24,7 +24,7 @@ _PACKAGES = (
     "transformers",
     "onnxruntime",
     "onnxruntime-gpu",
-    "onnxruntime-ep-openvino",
+    "openvino",
     "tensorrt",
     "tensorrt-cu13",
     "tensorrt-rtx",

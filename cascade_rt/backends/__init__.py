@@ -97,7 +97,7 @@ def _runs_graphs(provider: str) -> bool:
     if provider == "openvino":
         from . import openvino
 
-        return openvino.installed() or _plugin_knows_this_machine()
+        return openvino.installed()
     if importlib.util.find_spec("onnxruntime") is None:
         return False
     from .ort import available
@@ -147,7 +147,7 @@ def open_engine(bundle: Bundle, name: str, provider: str, threads: int | None = 
     for weights in record.weights:
         bundle.file(weights)
     path = bundle.file(record.file)
-    if provider == "openvino" and not _plugin_knows_this_machine():
+    if provider == "openvino":
         from .openvino import OpenVinoEngine
 
         return OpenVinoEngine(record, path, threads)
@@ -155,12 +155,3 @@ def open_engine(bundle: Bundle, name: str, provider: str, threads: int | None = 
 
     hashes = "".join(bundle.manifest.files[file]["sha256"] for file in record.files)
     return OrtEngine(record, path, provider, threads, hashlib.sha256(hashes.encode()).hexdigest())
-
-
-def _plugin_knows_this_machine() -> bool:
-    """Whether ONNX Runtime's OpenVINO plugin is installed and has a device here."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        return False
-    from .ort import available
-
-    return available("openvino")

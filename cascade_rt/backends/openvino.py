@@ -1,7 +1,7 @@
-"""OpenVINO without ONNX Runtime around it: for processors that the plugin does not know.
+"""OpenVINO's CPU device: every x86-64 processor, with its bfloat16 units (avx512_bf16, amx_bf16) where there are any.
 
-`onnxruntime-ep-openvino` offers devices of Intel's only; OpenVINO's own CPU device runs on every x86-64 processor, and
-with its bfloat16 units (avx512_bf16, amx_bf16) where there are any. Tensors are host memory, shared, not copied.
+It is used without ONNX Runtime around it: `onnxruntime-ep-openvino` offers Intel's processors only, and does not let a
+graph be changed before it is compiled (`_drop_unit_factors`). Tensors are host memory, shared, not copied.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from ..stages import Precision
 from .base import DeviceTensor, Host, Value, check_feeds
 
 # OpenVINO computes in bfloat16 on CPUs that can, unless told otherwise: the precision is always named
-PRECISION_HINT: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_PRECISION_HINT: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _CAPABILITY: dict[Precision, str] = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+_ONE_IN_BF16 = 0x3F80
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "u8": "uint8"}
 
 
@@ -73,14 +74,16 @@ class OpenVinoEngine:
                 f"({', '.join(capabilities)}); use --provider cpu, or export with --precision fp32"
             )
         options: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": PRECISION_HINT[record.precision],
+            "INFERENCE_PRECISION_HINT": _PRECISION_HINT[record.precision],
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
         }
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
-            self._compiled: Any = core.compile_model(core.read_model(path), "CPU", options)
+            model = core.read_model(path)
+            _drop_unit_factors(model)
+            self._compiled: Any = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise EngineError(f"{path.name} cannot be compiled by OpenVINO: {reason}") from error
@@ -148,3 +151,26 @@ class OpenVinoBound:
         if any(not spec.on_host for spec in self._engine.spec.outputs):
             self._request = None  # its memory is the caller's now; another call gets its own
         return outputs
+
+
+def _drop_unit_factors(model: Any) -> None:
+    """Take products with the constant 1 out of a graph that was read.
+
+    OpenVINO reads ``Gemm`` as ``alpha * (A @ B) + beta * C``, also where both are 1, and folds alpha into ``B`` when it
+    compiles: every weight is then a product of its own in memory instead of a page of the file.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Multiply":
+            continue
+        for factor, other in ((1, 0), (0, 1)):
+            constant = node.input_value(factor).get_node()
+            if constant.get_type_name() == "Constant" and not constant.get_output_shape(0) and _is_one(constant):
+                node.output(0).replace(node.input_value(other))
+                break
+
+
+def _is_one(constant: Any) -> bool:
+    dtype = constant.get_element_type().get_type_name()
+    if dtype == "bf16":  # NumPy has no such type; OpenVINO shows its bits
+        return bool(constant.data.view(np.uint16) == _ONE_IN_BF16)
+    return bool(constant.data == 1)

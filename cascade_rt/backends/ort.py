@@ -1,7 +1,7 @@
-"""ONNX Runtime: CPU, OpenVINO (plugin), CUDA and its own TensorRT provider. What it is told is in `ort_options`.
+"""ONNX Runtime: CPU, CUDA and its own TensorRT provider. What it is told is in `ort_options`.
 
-On the CPU and in OpenVINO tensors are host memory and `OrtValue`s wrap them without copies. How engines are called on a
-GPU is in `ort_cuda`.
+On the CPU tensors are host memory and `OrtValue`s wrap them without copies. How engines are called on a GPU is in
+`ort_cuda`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..errors import EngineError
 from .base import DeviceTensor, Host, Value, check_feeds
 from .cuda import gpu_sm
 from .ort_cuda import CudaBound, Recorder, first_line
-from .ort_options import TABLE, openvino_devices, records_calls, session
+from .ort_options import TABLE, records_calls, session
 
 TENSORRT_MAJOR = "10"
 """The TensorRT that ONNX Runtime 1.31 is linked to (libnvinfer.so.10)."""
@@ -38,8 +38,6 @@ _SHAPE_WORK = {
 
 def available(provider: str) -> bool:
     """Whether this installation of ONNX Runtime can use a provider of `TABLE` on this machine."""
-    if provider == "openvino":
-        return bool(openvino_devices())
     # what was compiled in, whether or not there is a GPU
     if TABLE[provider].ep not in ort.get_available_providers() or (TABLE[provider].device == "cuda" and not _has_gpu()):
         return False
@@ -120,7 +118,7 @@ class OrtEngine:
         where = f"{self._path.name} cannot be loaded by provider {self._provider}"
         try:
             # fallback: a session that cannot be made is made on the CPU otherwise, and a line printed
-            made = ort.InferenceSession(self._path, options, providers=providers or None, enable_fallback=0)
+            made = ort.InferenceSession(self._path, options, providers=providers, enable_fallback=0)
         except Exception as error:  # the runtime raises its own unexported exception types
             hint = f" ({row.bf16})" if row.bf16 and self._record.precision == "bf16" else ""
             raise EngineError(f"{where}: {first_line(error)}{hint}") from error

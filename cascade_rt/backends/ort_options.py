@@ -6,12 +6,9 @@ of CUDA or TensorRT has been opened on a GPU yet.
 
 from __future__ import annotations
 
-import functools
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import onnxruntime as ort
 
@@ -19,9 +16,6 @@ from ..bundle import EngineRecord
 from ..paths import cache_dir
 from ..shapes import profile
 from ..stages import PRECISIONS, EngineSpec, Precision
-from .openvino import PRECISION_HINT
-
-OPENVINO_LIBRARY = "onnxruntime_ep_openvino"
 
 # a node that a provider does not take goes to the CPU otherwise, and nobody is told
 _NOTHING_ON_THE_CPU = {"session.disable_cpu_ep_fallback": "1"}
@@ -64,8 +58,6 @@ TABLE: dict[str, OrtProvider] = {
         precisions=("fp32", "fp16"),
         bf16="it has no bf16 convolution; use --provider openvino, or export with --precision fp32",
     ),
-    # a plugin: found by device, see `session`
-    "openvino": OrtProvider("OpenVINOExecutionProvider", session=_NOTHING_ON_THE_CPU),
     "cuda": OrtProvider(
         "CUDAExecutionProvider",
         "cuda",
@@ -135,7 +127,7 @@ def session(
         recording: have calls recorded as CUDA graphs.
 
     Returns:
-        For `onnxruntime.InferenceSession`; the list is empty for a plugin, which the options already name.
+        For `onnxruntime.InferenceSession`.
     """
     row = TABLE[provider]
     options = ort.SessionOptions()
@@ -146,10 +138,6 @@ def session(
         options.add_session_config_entry(key, value)
     for axis, size in fixed_dimensions(record.spec).items():
         options.add_free_dimension_override_by_name(axis, size)
-    if provider == "openvino":
-        hint = {"CPU": {"INFERENCE_PRECISION_HINT": PRECISION_HINT[record.precision]}}
-        options.add_provider_for_devices(list(openvino_devices()), {"load_config": json.dumps(hint)})
-        return options, []
     told = {**row.options, **(row.recording if recording else {})}
     if provider == "ort-tensorrt":
         told |= _profile(record.spec) | _caches(digest)
@@ -191,16 +179,3 @@ def _caches(digest: str) -> dict[str, str]:
         "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(root),
     }
-
-
-@functools.cache
-def openvino_devices() -> tuple[Any, ...]:
-    """The plugin's CPU devices; empty where it is not installed, or knows no device (it lists Intel's only)."""
-    try:
-        import onnxruntime_ep_openvino as plugin
-    except ImportError:
-        return ()
-    ort.register_execution_provider_library(OPENVINO_LIBRARY, plugin.get_library_path())
-    cpu = ort.OrtHardwareDeviceType.CPU
-    ep = TABLE["openvino"].ep
-    return tuple(d for d in ort.get_ep_devices() if d.ep_name == ep and d.device.type == cpu)

@@ -1,28 +1,24 @@
-"""Engines compiled by OpenVINO itself, where ONNX Runtime's plugin knows no device."""
+"""Engines compiled by OpenVINO."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cascade_rt import CascadePipeline, EngineError, backends
+from cascade_rt import CascadePipeline, EngineError
 from cascade_rt.backends import open_engine, resolve_provider
+from cascade_rt.backends import openvino as backend
 from cascade_rt.bundle import Bundle, find_bundle
 from cascade_rt.sampling import timestep_embedding
 
 if importlib.util.find_spec("openvino") is None:
     pytest.skip("openvino is not installed: pip install 'cascade-rt[openvino]'", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def _without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backends, "_plugin_knows_this_machine", lambda: False)
-    return
 
 
 @pytest.fixture
@@ -105,3 +101,65 @@ def test_a_precision_that_the_processor_lacks_is_one_line(bundle: Bundle, monkey
 def test_the_provider_is_known() -> None:
     assert resolve_provider("openvino") == "openvino"
     assert resolve_provider("auto") in ("cpu", "cuda")
+
+
+def _is_weight(node: Any) -> bool:
+    if node.get_type_name() == "Reshape":  # of a 1 x 1 convolution
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Constant")
+
+
+def test_unit_factors_go_and_nothing_else_changes(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO multiplies every weight with Gemm's alpha, which is 1, and keeps the products."""
+    import openvino
+
+    def products(model: Any) -> int:
+        return sum(op.get_type_name() == "Multiply" for op in model.get_ops())
+
+    path = bundle.file(bundle.engine("stage_c.step", "onnx").file)
+    model = openvino.Core().read_model(path)
+    layers = sum(op.get_type_name() == "MatMul" and _is_weight(op.input_value(1).get_node()) for op in model.get_ops())
+    before = products(model)
+    backend._drop_unit_factors(model)
+    assert before - products(model) == 2 * layers > 20  # alpha and beta
+    again = products(model)
+    backend._drop_unit_factors(model)
+    assert products(model) == again > 20, "other products stay"
+
+    def prediction() -> Any:
+        with open_engine(bundle, "stage_c.step", "openvino") as engine:
+            latents = np.random.default_rng(1).standard_normal((1, 16, 6, 6), np.float32)
+            return engine.bind(context)({"latents": latents, "step": np.array([0])})["prediction"]
+
+    context = _context(bundle)
+    without = prediction()
+    monkeypatch.setattr(backend, "_drop_unit_factors", lambda model: None)
+    assert np.abs(without - prediction()).max() < 1e-5 * np.abs(without).max()
+
+
+@pytest.mark.parametrize(("value", "dropped"), [(1.0, True), (0.5, False), (-1.0, False)])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_only_a_scalar_one_is_a_unit_factor(dtype: str, value: float, dropped: bool) -> None:
+    import openvino
+    from openvino import opset8 as ops
+    from openvino.passes import ConstantFolding, Manager
+
+    kind = getattr(openvino.Type, dtype)
+    for shape, expected in (([], dropped), ([1], False)):
+        x = ops.parameter([2, 3], kind)
+        factor = ops.convert(ops.constant(np.full(shape, value, np.float32)), kind)
+        folded = openvino.Model([ops.multiply(x, factor)], [x])
+        manager = Manager()
+        manager.register_pass(ConstantFolding())
+        manager.run_passes(folded)
+        backend._drop_unit_factors(folded)
+        left = any(op.get_type_name() == "Multiply" for op in folded.get_ops())
+        assert left != expected
+
+
+def test_auto_does_not_import_it() -> None:
+    """Its import takes longer than a small model does, and `auto` mostly ends with another provider."""
+    pytest.importorskip("onnxruntime")
+    code = "import sys, cascade_rt.backends as b; print(b.resolve_provider('auto'), 'openvino' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1] == "False"

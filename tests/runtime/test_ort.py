@@ -120,11 +120,11 @@ def told(bundle: Bundle, name: str, provider: str, recording: bool = True) -> di
     return options
 
 
-def test_every_provider_of_graphs_has_a_row_and_the_same_device() -> None:
+def test_every_other_provider_of_graphs_has_a_row_and_the_same_device() -> None:
     graphs = {name: provider for name, provider in PROVIDERS.items() if provider.runtime == "onnx"}
-    assert graphs.keys() == TABLE.keys()
-    for name, provider in graphs.items():
-        assert TABLE[name].device == provider.device
+    assert graphs.keys() - {"openvino"} == TABLE.keys()
+    for name, row in TABLE.items():
+        assert row.device == PROVIDERS[name].device
 
 
 @pytest.mark.parametrize("provider", GPU_PROVIDERS)
@@ -540,17 +540,3 @@ def test_the_table_of_engines_has_steps(bundle: Bundle) -> None:
     steps = {name for name, spec in ENGINES.items() if any(t.constant for t in spec.inputs)}
     assert steps == {"stage_c.step", "stage_b.step"}
     assert backends.engine_runtime("ort-tensorrt") == "onnx"
-
-
-def test_auto_looks_no_further_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To ask for OpenVINO's devices loads its library, which takes longer than a small model."""
-
-    def asked() -> None:
-        raise AssertionError("OpenVINO was asked for its devices")
-
-    monkeypatch.setattr(ort_backend, "openvino_devices", asked)
-    if resolve_provider("auto") == "openvino":
-        pytest.skip("there is nothing else here")
-    assert resolve_provider("cpu") == "cpu"
-    with pytest.raises(AssertionError):
-        ort_backend.available("openvino")
