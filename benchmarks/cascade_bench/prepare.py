@@ -20,10 +20,10 @@ from cascade_rt.stages import Precision, Size, StageName
 # runs a command's entry point and says on its last line what memory it took
 _RUN = """
 import json, sys
-from cascade_bench.worker import peak_mib
+from cascade_bench.worker import memory
 from cascade_export.cli import main
 code = main(sys.argv[1:])
-print(json.dumps({"peak_mib": peak_mib()}))
+print(json.dumps(memory()))
 sys.exit(code)
 """
 

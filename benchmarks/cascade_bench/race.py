@@ -42,7 +42,9 @@ class Row:
 
     ``ratio_to_eager`` is eager's median over this one's, both in the same precision on the same device: above 1 is
     faster. ``rel_error`` is relative L2 from eager fp32 on the same inputs and the fp32 weights. ``roofline_share`` is
-    the best possible time over the median. ``host_share`` is the part of a loop that is not spent in engines.
+    the best possible time over the median. ``peak_mib`` is the process's largest resident size, ``own_mib`` what it
+    holds after its last call without pages of files, which the system can take back. ``host_share`` is the part of a
+    loop that is not spent in engines.
     """
 
     what: str
@@ -60,6 +62,7 @@ class Row:
     p90_s: float | None = None
     ratio_to_eager: float | None = None
     peak_mib: float | None = None
+    own_mib: float | None = None
     device_peak_mib: float | None = None
     load_s: float | None = None
     first_s: float | None = None
@@ -84,13 +87,14 @@ class Racer:
     load_s: float
     first_s: float
     peak_mib: float | None
+    own_mib: float | None
     seconds: list[float] = field(default_factory=list)
     extras: dict[str, float] = field(default_factory=dict)
 
     def call(self, limit: float) -> float:
         """One timed call."""
         said = _ask(self.process, "call", limit)
-        self.peak_mib, self.extras = said["peak_mib"], said["extras"]
+        self.peak_mib, self.own_mib, self.extras = said["peak_mib"], said["own_mib"], said["extras"]
         return float(said["seconds"])
 
     def stop(self) -> None:
@@ -166,7 +170,8 @@ def start(job: Job, feeds_file: Path, folder: Path, limit: float) -> Racer:
         process.stdin.write(json.dumps(task) + "\n")
         load_s = float(_ask(process, "load", limit)["seconds"])
         first = _ask(process, "call", limit)
-        racer = Racer(job, process, answer_file, load_s, float(first["seconds"]), first["peak_mib"])
+        first_s = float(first["seconds"])
+        racer = Racer(job, process, answer_file, load_s, first_s, first["peak_mib"], first["own_mib"])
         for _ in range(_WARM_CALLS - 1):
             racer.call(limit)
     except BaseException:
@@ -295,6 +300,7 @@ def _figures(racer: Racer, work: Work | None, roofs: dict[str, Roof]) -> Row:
         p10_s=p10,
         p90_s=p90,
         peak_mib=racer.peak_mib,
+        own_mib=racer.own_mib,
         device_peak_mib=racer.extras.get("device_peak_mib"),
         load_s=racer.load_s,
         first_s=racer.first_s,

@@ -32,7 +32,7 @@ _PACKAGES = (
 )
 _HEADINGS = (
     *("what", "peer", "precision", "batch, px", "median (p10 - p90)", "x eager"),
-    *("of roofline", "error", "peak MiB", "load", "first"),
+    *("of roofline", "error", "peak (own) MiB", "load", "first"),
 )
 # one colour a peer, whatever else is in a plot
 COLOURS = {OURS: "#0b6e4f", "eager": "#c1440e", "compile": "#6a4c93", "compile-max-autotune": "#3a86c8"}
@@ -138,7 +138,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         share = "" if row["roofline_share"] is None else f"{100 * row['roofline_share']:.0f} %"
         error = "" if row["rel_error"] is None else f"{row['rel_error']:.1e}"
         ratio = "" if row["ratio_to_eager"] is None else f"{row['ratio_to_eager']:.2f}"
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} ({row['own_mib']:.0f})"
         spread = f"{_seconds(row['median_s'])} ({_seconds(row['p10_s'])} - {_seconds(row['p90_s'])})"
         note = f" {row['skipped']}" if row["skipped"] else ""
         load, first = _seconds(row["load_s"]), _seconds(row["first_s"])

@@ -19,16 +19,16 @@ import numpy as np
 from cascade_bench.jobs import Job
 
 
-def peak_mib() -> float | None:
-    """The most resident memory of this process so far, None where the system does not say.
+def memory() -> dict[str, float | None]:
+    """Memory of this process in MiB, None where the system does not say.
 
-    From /proc: what getrusage says of a new process includes its parent's peak.
+    ``peak_mib`` is the most that was resident so far, ``own_mib`` what it has now without pages of files, which the
+    system can take back. From /proc: what getrusage says of a new process includes its parent's peak.
     """
     status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    lines = status.read_text().splitlines() if status.is_file() else []
+    sizes = {name: int(rest.split()[0]) / 1024 for name, _, rest in (x.partition(":") for x in lines) if "kB" in rest}
+    return {"peak_mib": sizes.get("VmHWM"), "own_mib": sizes.get("RssAnon")}
 
 
 def serve(requests: TextIO, answers: TextIO, started: float) -> None:
@@ -66,7 +66,7 @@ def serve(requests: TextIO, answers: TextIO, started: float) -> None:
             key = "skipped" if type(error).__name__ == "SkipError" else "failed"
             lines = [x.strip() for x in str(error).splitlines() if x.strip()]
             said = {key: (lines[0] if lines else type(error).__name__)[:300]}
-        print(json.dumps({**said, "peak_mib": peak_mib()}), file=answers, flush=True)
+        print(json.dumps({**said, **memory()}), file=answers, flush=True)
 
 
 def main() -> None:

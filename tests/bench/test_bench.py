@@ -56,6 +56,7 @@ def test_both_sides_compute_the_same(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         assert row["skipped"] is None
         assert 0 < row["p10_s"] <= row["median_s"] <= row["p90_s"]
+        assert 10 < row["own_mib"] < row["peak_mib"] < 4000
         if row["peer"] == OURS:
             # fp32 on both sides: another picture, other weights or another sampler would be of the order of one
             assert 0 < row["rel_error"] < 1e-4
