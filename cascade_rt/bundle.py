@@ -90,7 +90,8 @@ class ModelRecord:
     ``weights`` is None where the bundle holds only plans of it: a plan contains the weights.
     ``stream_scales``, of fp16 denoisers: by which powers of two the residual stream is kept divided in each level
     (``down``, ``up``), and the largest values that decided it. ``source``, ``licence`` and ``revision`` are those of
-    the checkpoint that this component came from: several calls may build one bundle from several.
+    the checkpoint that this component came from: several calls may build one bundle from several. ``loras`` are the
+    files that were folded into it, each ``NAME`` or ``NAME:SCALE``.
     """
 
     config: Mapping[str, Any]
@@ -100,6 +101,7 @@ class ModelRecord:
     source: str = ""
     licence: str = ""
     revision: str | None = None
+    loras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class Manifest:
             made = cls(
                 ModelFacts(**document["model"]),
                 {name: _preset(preset) for name, preset in document["sampling"].items()},
-                {name: ModelRecord(**model) for name, model in document["models"].items()},
+                {name: _model_record(model) for name, model in document["models"].items()},
                 engines,
                 document["files"],
                 TokenizerRecord(**tokenizer) if tokenizer else None,
@@ -271,6 +273,12 @@ def group(records: Iterable[EngineRecord]) -> dict[str, tuple[EngineRecord, ...]
     for record in records:
         found.setdefault(record.spec.name, []).append(record)
     return {name: tuple(sorted(rows, key=lambda r: (r.runtime != "onnx", r.key))) for name, rows in found.items()}
+
+
+def _model_record(row: dict[str, Any]) -> ModelRecord:
+    loras = row.get("loras", [])
+    _require(isinstance(loras, list) and all(isinstance(lora, str) for lora in loras), "loras")
+    return ModelRecord(**{**row, "loras": tuple(loras)})
 
 
 def _engine_record(row: dict[str, Any]) -> EngineRecord:
@@ -404,9 +412,8 @@ class Bundle:
 
     def command(self, name: str, runtime: str | None = None, sm: int | None = None) -> str:
         """The command that makes an engine of this bundle."""
-        size = self.manifest.model.size
-        origin = f"--size {size}" if size != "custom" else f"--checkpoint {self.manifest.model.source}"
-        parts = [f"cascade-export --stage {ENGINES[name].stage}", origin]
+        model = self.manifest.models.get(ENGINES[name].model)
+        parts = [f"cascade-export --stage {ENGINES[name].stage}", self._origin(model.loras if model else ())]
         if runtime not in (None, "onnx"):
             parts.append(f"--target {runtime}")
             if runtime == "tensorrt-rtx" and sm is not None:
@@ -427,9 +434,15 @@ class Bundle:
         return PromptTokenizer(self.file(record.file), record)
 
     def _rebuild(self) -> str:
-        size, source = self.manifest.model.size, self.manifest.model.source
-        origin = f"--size {size}" if size != "custom" else f"--checkpoint {source}"
+        loras = dict.fromkeys(lora for model in self.manifest.models.values() for lora in model.loras)
+        origin = self._origin(loras)
         return f"build the bundle again with: cascade-export --stage all {origin} --overwrite --out {self.path}"
+
+    def _origin(self, loras: Iterable[str]) -> str:
+        """The words of a command that say where weights come from."""
+        size, source = self.manifest.model.size, self.manifest.model.source
+        checkpoint = f"--size {size}" if size != "custom" else f"--checkpoint {source}"
+        return " ".join([checkpoint, *(f"--lora {lora}" for lora in loras)])
 
 
 def default_bundle_path() -> Path:

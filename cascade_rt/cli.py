@@ -180,6 +180,8 @@ def show(args: argparse.Namespace) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
     print("figures: against fp32 PyTorch")
     for name, model in manifest.models.items():
+        if model.loras:
+            print(f"{name}: with {', '.join(model.loras)}")
         if (scan := model.stream_scales) is not None:
             print(
                 f"{name}: residual stream kept divided by {scan['down']} on the way down and {scan['up']} on the way "

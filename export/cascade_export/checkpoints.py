@@ -155,7 +155,7 @@ class BundleCheckpoint:
                 f"name the checkpoint that they came from with --checkpoint ({self._bundle.manifest.model.source})"
             )
         weights = SafetensorsSource([self._bundle.file(model.weights)])
-        return Component(dict(model.config), weights, model.prediction_type or "epsilon")
+        return Component(dict(model.config), weights, model.prediction_type or "epsilon", loras=model.loras)
 
     def tokenizer(self) -> TokenizerSource | None:
         """The tokenizer."""

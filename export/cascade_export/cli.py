@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   cascade-export --stage c --size big
   cascade-export --stage all --checkpoint path/to/diffusers-folder --precision fp32 --out my-bundle
   cascade-export --stage c --size big --checkpoint random:0 --no-verify
+  cascade-export --stage c --size big --lora style.safetensors:0.8 --out cascade-big-style
   cascade-export --stage all --size tiny --precision fp16 --target tensorrt-rtx --sm 86,89,120
 """
 
@@ -69,6 +70,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "batch 1 to 8), full (all that the graph takes), square-PIXELS, and AXIS=MIN:OPT:MAX or "
         "ENGINE.AXIS=..., separated by commas, for example square-1024,batch=2:2:4",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="fold a LoRA into the weights, times SCALE (default: 1); repeatable; the authors', kohya's and PEFT's "
+        "files are read",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with fp32 PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace stages that the bundle has already")
@@ -82,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         from .checkpoints import open_checkpoint
         from .exporter import export
+        from .lora import parse_lora, with_loras
         from .request import ExportRequest, own_precision
         from .shapes import parse_shapes
         from .tensorrt import ONNX, resolve_targets
@@ -96,12 +106,14 @@ def run(args: argparse.Namespace) -> None:
     targets = resolve_targets(args.target or ["onnx"], args.sm)
     shapes = parse_shapes(args.shapes)
     own = None
-    if args.checkpoint is None and ONNX not in targets and (out / MANIFEST).is_file():
+    loras = [parse_lora(text) for text in args.lora]
+    # a LoRA belongs to the checkpoint's own weights: the bundle's may hold it already
+    if args.checkpoint is None and not loras and ONNX not in targets and (out / MANIFEST).is_file():
         own = own_precision(Bundle(out), stages)
     precision: Precision = args.precision or own or ("bf16" if size in ("small", "big") else "fp32")
     assert precision in get_args(Precision)
     # plans are added to a bundle from what it holds already, unless another checkpoint is named
-    checkpoint = open_checkpoint(str(out) if own else args.checkpoint, size)
+    checkpoint = with_loras(open_checkpoint(str(out) if own else args.checkpoint, size), loras, stages, print)
     request = ExportRequest(
         stages, precision, out, every, not args.no_verify, args.overwrite, args.quiet, targets, shapes
     )

@@ -27,12 +27,14 @@ class Component:
         weights: its tensors under our keys; None: make seeded ones of the right shapes.
         prediction_type: of a denoiser.
         seed: of weights that are made.
+        loras: LoRA files that the weights contain.
     """
 
     config: dict[str, Any]
     weights: TensorSource | None
     prediction_type: PredictionType = "epsilon"
     seed: int = 0
+    loras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

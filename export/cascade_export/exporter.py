@@ -179,7 +179,7 @@ class _Builder:
         made.add_file(file)
         facts, prediction = self._checkpoint.facts, component.prediction_type if stage in ("b", "c") else None
         made.models[name] = ModelRecord(
-            config, file, prediction, scanned, facts.source, _licence(facts), facts.revision
+            config, file, prediction, scanned, facts.source, _licence(facts), facts.revision, component.loras
         )
         for spec in specs:
             graph = f"{spec.name}.onnx"

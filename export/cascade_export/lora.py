@@ -1,0 +1,362 @@
+"""LoRA files, folded into weights while they are exported: an engine costs the same with one as without.
+
+Three families of files are read, by their keys:
+
+1. the authors' (``StableCascade/train/train_c_lora.py``): ``weights.{i}.lora_down``, numbered, without names;
+2. kohya's, as OneTrainer and ComfyUI have them: ``lora_prior_unet_{path}.lora_down.weight``, often with ``.alpha``;
+3. PEFT's: ``prior.{path}.lora_A.weight``.
+
+Each weight becomes ``W + scale * alpha / rank * up @ down``, in float32 (matches: Hu et al. 2021, equation 3).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cascade_rt.errors import CheckpointError, MissingCheckpointError, RequestError
+from cascade_rt.stages import STAGES, StageName, engines_of
+
+from .components import PICKLES, Checkpoint, Component, Facts, TokenizerSource
+from .loading import plain_json, weights_of
+from .request import Report
+from .weights import SafetensorsSource, Shape, TensorSource
+
+# what a file calls the networks that it changes
+_KOHYA = {"lora_prior_unet": "stage_c", "lora_decoder_unet": "stage_b", "lora_prior_te": "text_encoder"}
+_PEFT = {"prior": "stage_c", "decoder": "stage_b", "text_encoder": "text_encoder"}
+_DOWN, _UP, _ALPHA = ("lora_down.weight", "lora_A.weight"), ("lora_up.weight", "lora_B.weight"), ("alpha",)
+_KOHYA_KEY = re.compile(rf"({'|'.join(_KOHYA)})_([^.]+)\.(.+)")
+_PEFT_KEY = re.compile(rf"(?:base_model\.model\.)?({'|'.join(_PEFT)})\.(.+?)\.((?:lora_|alpha|dora_).*)")
+_NUMBERED_KEY = re.compile(r"weights\.(\d+)\.lora_(down|up)")
+# vectors of words that were taught beside the weights; which words, no file says
+_WORDS = re.compile(r"embeddings\.(embeddings|indices)|clip_[gl]|emb_params")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One low-rank product of a file.
+
+    Attributes:
+        component: the network that it changes.
+        target: the module's name in the file; a number for the authors' files, which have no names.
+        down: key of ``[rank, in, ...]``.
+        up: key of ``[out, rank, ...]``.
+        alpha: what the product is multiplied with, beside 1 / rank; None: the rank.
+    """
+
+    component: str
+    target: str
+    down: str
+    up: str
+    alpha: float | None
+
+
+@dataclass(frozen=True)
+class Update:
+    """A pair on its way to one weight: all of its rows, or one of ``count`` equal parts of them."""
+
+    pair: Pair
+    part: tuple[int, int] = (0, 1)
+
+
+class Lora:
+    """A LoRA file and how much of it is applied."""
+
+    def __init__(self, path: Path, scale: float = 1.0) -> None:
+        """Open a file.
+
+        Args:
+            path: a ``.safetensors`` file.
+            scale: factor of everything that it adds.
+
+        Raises:
+            CheckpointError: it is missing, damaged, of another kind, or holds what cannot be folded.
+        """
+        if path.suffix in PICKLES:
+            raise MissingCheckpointError(
+                f"{path.name} is a pickle, which can run code when it is read; only .safetensors is. "
+                "Convert it with safetensors.torch.save_file, or download the .safetensors variant"
+            )
+        self.path, self.scale = path, scale
+        self._tensors = SafetensorsSource([path])
+        self.words = sum(1 for key in self._tensors.shapes if _WORDS.fullmatch(key))
+        self.pairs = self._read_pairs()
+
+    @property
+    def label(self) -> str:
+        """Name and scale, as `parse_lora` reads them."""
+        return self.path.name if self.scale == 1 else f"{self.path.name}:{self.scale:g}"
+
+    @property
+    def components(self) -> list[str]:
+        """The networks that it changes."""
+        return list(dict.fromkeys(pair.component for pair in self.pairs))
+
+    def _read_pairs(self) -> list[Pair]:
+        halves: dict[tuple[str, str], dict[str, str]] = {}
+        for key in self._tensors.shapes:
+            if _WORDS.fullmatch(key):
+                continue
+            component, target, kind = self._place(key)
+            halves.setdefault((component, target), {})[kind] = key
+        if not halves:
+            raise CheckpointError(f"{self.path.name} holds no LoRA weights{': only words' if self.words else ''}")
+        default = self._peft_alpha()
+        pairs = []
+        for (component, target), keys in halves.items():
+            if missing := {"down", "up"} - keys.keys():
+                there = next(iter(keys.values()))
+                raise CheckpointError(f"{self.path.name} has {there}, but no {missing.pop()} half of it; it is cut")
+            alpha = self._alpha(keys["alpha"]) if "alpha" in keys else default.get(component)
+            if target.isdigit():
+                alpha = 1.0  # the authors' default, which their files do not record
+            pairs.append(Pair(component, target, keys["down"], keys["up"], alpha))
+        return pairs
+
+    def _alpha(self, key: str) -> float:
+        if math.prod(self._tensors.shapes[key]) != 1:
+            raise CheckpointError(f"{self.path.name} has {key} of shape {self._tensors.shapes[key]}; it is one number")
+        return float(self._tensors.read(key))
+
+    def _place(self, key: str) -> tuple[str, str, str]:
+        """A key -> its network, module, and which half of a pair it is.
+
+        Raises:
+            CheckpointError: it is none of a LoRA of Stable Cascade.
+        """
+        if match := _NUMBERED_KEY.fullmatch(key):
+            return "stage_c", match[1], match[2]
+        for pattern, networks in ((_KOHYA_KEY, _KOHYA), (_PEFT_KEY, _PEFT)):
+            if match := pattern.fullmatch(key):
+                kind = match[3].replace(".default.", ".")
+                for name, endings in (("down", _DOWN), ("up", _UP), ("alpha", _ALPHA)):
+                    if kind in endings:
+                        return networks[match[1]], match[2], name
+                if kind.startswith(("dora_", "lora_magnitude")):
+                    raise CheckpointError(
+                        f"{self.path.name} is a DoRA ({key}), which rescales whole weights and is not supported; "
+                        "LoRA files are"
+                    )
+        raise CheckpointError(
+            f"{self.path.name} has {key}, which is no LoRA weight of Stable Cascade; read are weights.0.lora_down, "
+            "lora_prior_unet_....lora_down.weight and prior.....lora_A.weight"
+        )
+
+    def _peft_alpha(self) -> dict[str, float]:
+        """Alpha by network, where PEFT's metadata has it."""
+        with safe_open(self.path, framework="pt") as file:
+            text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        try:
+            facts = json.loads(text)
+            if any(value for key, value in facts.items() if key.endswith(("alpha_pattern", "rank_pattern"))):
+                raise CheckpointError(f"{self.path.name} scales some modules on their own, which is not supported")
+            return {net: float(facts[f"{p}.lora_alpha"]) for p, net in _PEFT.items() if f"{p}.lora_alpha" in facts}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.path.name} has metadata that cannot be read: {error}") from error
+
+    def updates(self, component: str, shapes: Mapping[str, Shape]) -> dict[str, list[Update]]:
+        """What the file does to the weights of a network, by weight.
+
+        Raises:
+            CheckpointError: a module is not in the network, or is of another size.
+        """
+        known = _targets(component, shapes)
+        pairs = [pair for pair in self.pairs if pair.component == component]
+        numbered = [pair for pair in pairs if pair.target.isdigit()]
+        if numbered and {int(pair.target) for pair in numbered} != set(range(count := _numbers(known))):
+            raise CheckpointError(
+                f"{self.path.name} numbers {len(numbered)} weights and names none; this {component} has {count} that "
+                "the authors' training numbers, so it belongs to a network of another size"
+            )
+        found: dict[str, list[Update]] = {}
+        for pair in pairs:
+            if pair.target not in known:
+                raise CheckpointError(f"{self.path.name} changes {pair.target}, which this {component} does not have")
+            for name, part in known[pair.target]:
+                self._check(pair, name, shapes[name], part[1])
+                found.setdefault(name, []).append(Update(pair, part))
+        return found
+
+    def _check(self, pair: Pair, name: str, shape: Shape, parts: int) -> None:
+        down, up = self._tensors.shapes[pair.down], self._tensors.shapes[pair.up]
+        wanted = (shape[0] * parts, math.prod(shape[1:]))
+        fits = len(down) > 1 and len(up) > 1 and math.prod(up[1:]) == down[0] > 0
+        if not fits or (up[0], math.prod(down[1:])) != wanted:
+            raise CheckpointError(
+                f"{self.path.name} has {pair.down} of shape {down} and {pair.up} of shape {up}; their product does "
+                f"not fit {name}, which is {' x '.join(map(str, shape))}"
+            )
+
+    def product(self, update: Update) -> Tensor:
+        """What is added to a weight: ``[out, in]`` float32.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+        """
+        pair, (index, count) = update.pair, update.part
+        down = self._tensors.read(pair.down).float().flatten(1)
+        up = self._tensors.read(pair.up).float().flatten(1).chunk(count)[index]
+        rank = down.shape[0]
+        factor = self.scale * (1.0 if pair.alpha is None else pair.alpha / rank)
+        product = factor * (up @ down)
+        if not torch.isfinite(product).all():
+            raise CheckpointError(f"{self.path.name} holds NaN or infinity in {pair.down} or {pair.up}; it is damaged")
+        return product
+
+
+def parse_lora(text: str) -> Lora:
+    """``FILE`` or ``FILE:SCALE``, as typed.
+
+    Raises:
+        RequestError: the scale is no number.
+        CheckpointError: see `Lora`.
+    """
+    head, colon, tail = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        return Lora(Path(text).expanduser())
+    try:
+        scale = float(tail)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise RequestError(f"--lora {text}: {tail!r} is no scale; write FILE or FILE:SCALE, for example {head}:0.8")
+    return Lora(Path(head).expanduser(), scale)
+
+
+class LoraSource:
+    """Another source with LoRA files folded in, a tensor at a time."""
+
+    def __init__(self, base: TensorSource, updates: Mapping[str, Iterable[tuple[Lora, Update]]]) -> None:
+        self._base = base
+        self._updates = updates
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Name and shape of every tensor."""
+        return self._base.shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; float32 where it was changed."""
+        tensor = self._base.read(name)
+        for lora, update in self._updates.get(name, ()):
+            tensor = tensor.float() + lora.product(update).reshape(tensor.shape)
+        return tensor
+
+
+class LoraCheckpoint:
+    """A checkpoint with LoRA files folded into its networks."""
+
+    def __init__(self, base: Checkpoint, loras: Iterable[Lora]) -> None:
+        self._base = base
+        self._loras = tuple(loras)
+
+    @property
+    def facts(self) -> Facts:
+        """What holds for the cascade as a whole."""
+        return self._base.facts
+
+    def component(self, name: str) -> Component | None:
+        """A network; the files that changed it are named in it."""
+        component = self._base.component(name)
+        loras = [lora for lora in self._loras if name in lora.components]
+        if component is None or not loras:
+            return component
+        source = weights_of(name, plain_json(component.config), component)
+        updates: dict[str, list[tuple[Lora, Update]]] = {}
+        for lora in loras:
+            for weight, found in lora.updates(name, source.shapes).items():
+                updates.setdefault(weight, []).extend((lora, update) for update in found)
+        return replace(
+            component, weights=LoraSource(source, updates), loras=(*component.loras, *(lora.label for lora in loras))
+        )
+
+    def tokenizer(self) -> TokenizerSource | None:
+        """The tokenizer."""
+        return self._base.tokenizer()
+
+
+def with_loras(
+    checkpoint: Checkpoint, loras: Sequence[Lora], stages: Sequence[StageName], report: Report
+) -> Checkpoint:
+    """A checkpoint with files folded in, for an export.
+
+    Args:
+        checkpoint: where weights come from.
+        loras: the files; none: the checkpoint as it is.
+        stages: what will be exported.
+        report: gets a line for each network that a file changes, and for what is left out.
+
+    Raises:
+        RequestError: a file changes nothing that will be exported.
+    """
+    if not loras:
+        return checkpoint
+    stage_of = {engines_of(stage)[0].model: stage for stage in STAGES}
+    for lora in loras:
+        asked = [name for name in lora.components if stage_of[name] in stages]
+        if not asked:
+            there = " and ".join(lora.components)
+            raise RequestError(
+                f"{lora.path.name} changes {there}; --stage {', '.join(stages)} exports no part of it: "
+                f"add --stage {' --stage '.join(stage_of[name] for name in lora.components)}"
+            )
+        for name in lora.components:
+            count = sum(pair.component == name for pair in lora.pairs)
+            report(f"{lora.label}: {count} weights of {name}{'' if name in asked else ', which is not exported now'}")
+        if lora.words:
+            report(f"{lora.label}: the words that it was taught are left out; no such file says which words they are")
+    return LoraCheckpoint(checkpoint, loras)
+
+
+def _targets(component: str, shapes: Mapping[str, Shape]) -> dict[str, list[tuple[str, tuple[int, int]]]]:
+    """Every name that a file may use for a module -> our weights, and which part of the file's rows each takes."""
+    targets: dict[str, list[tuple[str, tuple[int, int]]]] = {}
+
+    def add(name: str, weights: list[tuple[str, tuple[int, int]]]) -> None:
+        targets[name] = targets[name.replace(".", "_")] = weights
+
+    attentions = []
+    for weight, shape in shapes.items():
+        if not weight.endswith(".weight") or len(shape) < 2:
+            continue
+        module = weight.removesuffix(".weight")
+        for name in _names(component, module):
+            add(name, [(weight, (0, 1))])
+        if component != "text_encoder" and module.endswith("attention.to_q"):
+            attentions.append(module.removesuffix(".to_q"))
+    for number, attention in enumerate(sorted(attentions, key=_place_in_network)):
+        fused = [(f"{attention}.{name}.weight", (index, 3)) for index, name in enumerate(("to_q", "to_k", "to_v"))]
+        add(f"{attention}.attn.in_proj", fused)
+        targets[str(2 * number)] = [(f"{attention}.to_out.0.weight", (0, 1))]
+        targets[str(2 * number + 1)] = fused
+    return targets
+
+
+def _names(component: str, module: str) -> list[str]:
+    """A module's name here, and the others that it has had."""
+    names = [module]
+    if component == "stage_b" and module == "clip_txt_pooled_mapper":
+        names.append("clip_mapper")
+    if match := re.fullmatch(r"(.+\.attention)\.(to_[qkv]|to_out\.0)", module):
+        names.append(f"{match[1]}.attn.{match[2]}")
+        if match[2] == "to_out.0":
+            names += [f"{match[1]}.{name}" for name in ("to_out", "out_proj", "attn.to_out", "attn.out_proj")]
+    return names
+
+
+def _place_in_network(attention: str) -> tuple[bool, tuple[int, ...]]:
+    """Order of the forward pass: all on the way down, then all on the way up."""
+    return attention.startswith("up_blocks"), tuple(map(int, re.findall(r"\d+", attention)))
+
+
+def _numbers(known: Mapping[str, object]) -> int:
+    return sum(name.isdigit() for name in known)

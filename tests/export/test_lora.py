@@ -1,0 +1,260 @@
+"""LoRA: every family of files gives the same weights, which are those of the formula; what does not fit is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import reference
+from cascade_export import cli
+from cascade_export.checkpoints import open_checkpoint
+from cascade_export.lora import Lora, LoraCheckpoint, parse_lora
+from cascade_rt import CheckpointError, RequestError
+from cascade_rt.bundle import Bundle
+from cascade_rt.commands import main_info
+from cascade_rt.errors import MissingCheckpointError
+
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+RANK, SCALE = 3, 0.7
+SHAPE = reference.SHAPES["four-level"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("lora")
+    reference.build(SHAPE, root).save_pretrained(root / "diffusers")
+    return root / "diffusers"
+
+
+@pytest.fixture(scope="module")
+def prior(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "prior_prior").glob("*.safetensors")))
+
+
+def attentions(state: dict[str, torch.Tensor]) -> list[str]:
+    """In the order of the forward pass, read off diffusers' own module."""
+    blocks = {m[1] for name in state if (m := re.fullmatch(r"(.+\.attention)\.to_q\.weight", name))}
+    numbered = {b: tuple(int(n) for n in re.findall(r"\d+", b)) for b in blocks}
+    down = sorted((b for b in blocks if b.startswith("down")), key=numbered.__getitem__)
+    return down + sorted((b for b in blocks if b.startswith("up")), key=numbered.__getitem__)
+
+
+@pytest.fixture(scope="module")
+def pairs(prior: dict[str, torch.Tensor]) -> Pairs:
+    """Up and down of every attention's four projections, by diffusers' module; q, k and v share their down half."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.1
+
+    made: Pairs = {}
+    for block in attentions(prior):
+        width = prior[f"{block}.to_q.weight"].shape[0]
+        shared = draw(RANK, width)
+        for name in ("to_q", "to_k", "to_v"):
+            made[f"{block}.{name}"] = (draw(width, RANK), shared)
+        made[f"{block}.to_out.0"] = (draw(width, RANK), draw(RANK, width))
+    return made
+
+
+def authors(pairs: Pairs, alpha: float) -> dict[str, torch.Tensor]:
+    assert alpha == 1, "the authors' files do not record another"
+    tensors = {}
+    for number, block in enumerate(dict.fromkeys(name.rpartition(".to_")[0] for name in pairs)):
+        up, down = pairs[f"{block}.to_out.0"]
+        tensors[f"weights.{2 * number}.lora_up"], tensors[f"weights.{2 * number}.lora_down"] = up, down
+        fused = [pairs[f"{block}.{name}"] for name in ("to_q", "to_k", "to_v")]
+        tensors[f"weights.{2 * number + 1}.lora_up"] = torch.cat([up for up, _ in fused])
+        tensors[f"weights.{2 * number + 1}.lora_down"] = fused[0][1]
+    return tensors
+
+
+def kohya(pairs: Pairs, alpha: float) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, (up, down) in pairs.items():
+        path = name.replace("attention.to_out.0", "attention.attn.out_proj").replace(
+            "attention.to_", "attention.attn.to_"
+        )
+        stem = "lora_prior_unet_" + path.replace(".", "_")
+        tensors |= {
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.alpha": torch.tensor(alpha),
+        }
+    return tensors
+
+
+def diffusers_names(pairs: Pairs, alpha: float) -> dict[str, torch.Tensor]:
+    return {re.sub(r"_attn_(to_.|out_proj)", _plainly, key): tensor for key, tensor in kohya(pairs, alpha).items()}
+
+
+def _plainly(match: re.Match[str]) -> str:
+    return "_to_out_0" if match[1] == "out_proj" else f"_{match[1]}"
+
+
+def peft(pairs: Pairs, alpha: float) -> dict[str, torch.Tensor]:
+    halves = {f"prior.{n}.lora_{k}.weight": t for n, pair in pairs.items() for k, t in zip("BA", pair, strict=True)}
+    return halves | {f"prior.{name}.alpha": torch.tensor(alpha) for name in pairs}
+
+
+def write(tensors: dict[str, torch.Tensor], path: Path, **metadata: str) -> Path:
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata or None)
+    return path
+
+
+def folded(folder: Path, *loras: Lora, component: str = "stage_c") -> dict[str, torch.Tensor]:
+    found = LoraCheckpoint(open_checkpoint(str(folder), None), loras).component(component)
+    assert found is not None
+    assert found.weights is not None
+    return {name: found.weights.read(name) for name in found.weights.shapes}
+
+
+def assert_folded(made: dict[str, torch.Tensor], prior: dict[str, torch.Tensor], pairs: Pairs, factor: float) -> None:
+    assert made.keys() == prior.keys()
+    for name, tensor in made.items():
+        wanted = prior[name].double()
+        if (pair := pairs.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
+            wanted = wanted + factor * pair[0].double() @ pair[1].double()
+            assert (wanted - prior[name]).abs().max() > 0.01, "a change too small to prove anything"
+        assert (tensor.double() - wanted).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("write_as", "alpha"), [(authors, 1.0), (kohya, 2.0), (kohya, 1.0), (diffusers_names, 2.0), (peft, 2.0)]
+)
+def test_every_family_gives_the_weights_of_the_formula(
+    folder: Path, prior: dict[str, torch.Tensor], pairs: Pairs, tmp_path: Path,
+    write_as: Callable[[Pairs, float], dict[str, torch.Tensor]], alpha: float,
+) -> None:  # fmt: skip
+    file = write(write_as(pairs, alpha), tmp_path / "a.safetensors")
+    assert_folded(folded(folder, parse_lora(f"{file}:{SCALE}")), prior, pairs, SCALE * alpha / RANK)
+    assert_folded(folded(folder, parse_lora(str(file))), prior, pairs, alpha / RANK)
+
+
+def test_without_alpha_it_is_the_rank(
+    folder: Path, prior: dict[str, torch.Tensor], pairs: Pairs, tmp_path: Path
+) -> None:
+    bare = {name: tensor for name, tensor in peft(pairs, 1).items() if not name.endswith("alpha")}
+    assert_folded(folded(folder, Lora(write(bare, tmp_path / "a.safetensors"))), prior, pairs, 1)
+    told = write(bare, tmp_path / "b.safetensors", lora_adapter_metadata=json.dumps({"prior.lora_alpha": 6}))
+    assert_folded(folded(folder, Lora(told)), prior, pairs, 6 / RANK)
+
+
+def test_several_add_up(folder: Path, prior: dict[str, torch.Tensor], pairs: Pairs, tmp_path: Path) -> None:
+    one = Lora(write(kohya(pairs, RANK), tmp_path / "a.safetensors"), 0.5)
+    other = Lora(write(peft(pairs, RANK), tmp_path / "b.safetensors"), -0.2)
+    assert_folded(folded(folder, one, other), prior, pairs, 0.3)
+
+
+def test_other_layers_and_networks(folder: Path, tmp_path: Path) -> None:
+    """Convolutions, Stage B under the authors' names, and the text encoder."""
+    asked = {
+        "lora_prior_unet_down_blocks_0_0_depthwise": ("stage_c", "down_blocks.0.0.depthwise"),
+        "lora_prior_unet_embedding_1": ("stage_c", "embedding.1"),
+        "lora_decoder_unet_clip_mapper": ("stage_b", "clip_txt_pooled_mapper"),
+        "lora_prior_te_text_model_encoder_layers_0_self_attn_q_proj": (
+            "text_encoder", "text_model.encoder.layers.0.self_attn.q_proj",
+        ),
+    }  # fmt: skip
+    plain = {component: folded(folder, component=component) for component, _ in asked.values()}
+    tensors: dict[str, torch.Tensor] = {}
+    wanted = {}
+    for stem, (component, module) in asked.items():
+        weight = plain[component][f"{module}.weight"]
+        up, down = torch.randn(weight.shape[0], 2), torch.randn(2, *weight.shape[1:])
+        more = (1,) * (weight.ndim - 2)
+        tensors |= {f"{stem}.lora_up.weight": up.reshape(*up.shape, *more), f"{stem}.lora_down.weight": down}
+        wanted[component, module] = weight + torch.einsum("or,r...->o...", up, down)
+    lora = Lora(write(tensors, tmp_path / "a.safetensors"))
+    assert set(lora.components) == {"stage_c", "stage_b", "text_encoder"}
+    for (component, module), weight in wanted.items():
+        made = folded(folder, lora, component=component)
+        assert torch.allclose(made[f"{module}.weight"], weight, atol=1e-5)
+        same = [name for name in made if torch.equal(made[name], plain[component][name])]
+        assert len(made) - len(same) == sum(c == component for c, _ in wanted)
+    stage_a = folded(folder, lora, component="stage_a")
+    assert all(torch.equal(stage_a[name], tensor) for name, tensor in folded(folder, component="stage_a").items())
+
+
+def refuse(tensors: dict[str, torch.Tensor], folder: Path, tmp_path: Path, **metadata: str) -> str:
+    file = write(tensors, tmp_path / "style.safetensors", **metadata)
+    with pytest.raises(CheckpointError) as error:
+        folded(folder, Lora(file))
+    message = str(error.value)
+    assert message.startswith("style.safetensors")
+    assert "\n" not in message
+    return message
+
+
+def test_what_does_not_fit_is_named(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
+    good = kohya(pairs, 1)
+    up = next(name for name in good if name.endswith("lora_up.weight"))
+    down = up.replace("lora_up", "lora_down")
+
+    def without(key: str) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in good.items() if name != key}
+
+    assert "no up half" in refuse(without(up), folder, tmp_path)
+    assert "does not fit" in refuse(good | {up: torch.zeros(7, RANK)}, folder, tmp_path)
+    assert "does not fit" in refuse(good | {up: torch.zeros(good[up].shape[0], RANK + 1)}, folder, tmp_path)
+    assert "does not fit" in refuse(good | {up: torch.zeros(8, 0), down: torch.zeros(0, 8)}, folder, tmp_path)
+    assert "NaN" in refuse(good | {up: good[up] * float("nan")}, folder, tmp_path)
+    assert "no LoRA weight" in refuse(good | {"model.layers.0.weight": torch.zeros(2)}, folder, tmp_path)
+    stranger = {name.replace("down_blocks_1", "down_blocks_7"): tensor for name, tensor in good.items()}
+    assert "does not have" in refuse(stranger, folder, tmp_path)
+    assert "DoRA" in refuse(good | {down.replace("lora_down.weight", "dora_scale"): torch.ones(1)}, folder, tmp_path)
+    assert "one number" in refuse(good | {down.replace("lora_down.weight", "alpha"): torch.ones(2)}, folder, tmp_path)
+    assert "no LoRA weights" in refuse({"clip_g": torch.zeros(2, 64)}, folder, tmp_path)
+    fewer = {k: t for k, t in authors(pairs, 1).items() if not k.startswith("weights.0.")}
+    assert "another size" in refuse(fewer, folder, tmp_path)
+    patterns = {"lora_adapter_metadata": json.dumps({"prior.alpha_pattern": {"a": 1}})}
+    assert "not supported" in refuse(peft(pairs, 1), folder, tmp_path, **patterns)
+    assert "cannot be read" in refuse(peft(pairs, 1), folder, tmp_path, lora_adapter_metadata="{")
+
+
+def test_what_is_typed(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
+    file = write(kohya(pairs, 1), tmp_path / "odd:0.5")
+    assert parse_lora(str(file)).scale == 1, "a file of that name is that file"
+    assert parse_lora(f"{file}:-2").scale == -2
+    assert parse_lora(f"{file}:-2").label == "odd:0.5:-2"
+    for wrong in ("strong", "nan", "inf", ""):
+        with pytest.raises(RequestError, match="is no scale"):
+            parse_lora(f"{file}:{wrong}")
+    with pytest.raises(CheckpointError, match="missing, truncated"):
+        parse_lora(str(tmp_path / "nowhere.safetensors"))
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="missing, truncated"):
+        parse_lora(str(tmp_path / "cut.safetensors"))
+    with pytest.raises(MissingCheckpointError, match="pickle"):
+        parse_lora("style.pt:0.5")
+
+
+def test_the_command(
+    folder: Path, prior: dict[str, torch.Tensor], pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(kohya(pairs, RANK) | {"clip_g": torch.zeros(2, 64)}, tmp_path / "style.safetensors")
+    words = ["--checkpoint", str(folder), "--precision", "fp32", "--quiet", "--no-verify"]
+    out = tmp_path / "bundle"
+    assert cli.main(["--stage", "c", "--stage", "a", "--lora", f"{file}:0.5", *words, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"style\.safetensors:0\.5: \d+ weights of stage_c", said)
+    assert "words" in said
+    models = Bundle(out).manifest.models
+    assert models["stage_c"].loras == ("style.safetensors:0.5",)
+    assert models["stage_a"].loras == ()
+    assert Bundle(out).command("stage_c.step").count("--lora style.safetensors:0.5 ") == 1
+    assert "--lora" not in Bundle(out).command("stage_a.decode")
+    assert main_info([str(out)]) == 0
+    assert "stage_c: with style.safetensors:0.5" in capsys.readouterr().out
+    written: dict[str, Any] = load_file(out / "stage_c.safetensors")
+    assert_folded({n: written.get(n, t) for n, t in prior.items()}, prior, pairs, 0.5)
+    assert cli.main(["--stage", "a", "--lora", str(file), *words, "--out", str(tmp_path / "no")]) == 2
+    assert "changes stage_c" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
