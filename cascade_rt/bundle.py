@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -413,7 +414,9 @@ class Bundle:
     def command(self, name: str, runtime: str | None = None, sm: int | None = None) -> str:
         """The command that makes an engine of this bundle."""
         model = self.manifest.models.get(ENGINES[name].model)
-        parts = [f"cascade-export --stage {ENGINES[name].stage}", self._origin(model.loras if model else ())]
+        # plans are built from the graphs that are here, which hold the LoRA files already
+        anew = model is not None and (runtime in (None, "onnx") or model.weights is None)
+        parts = [f"cascade-export --stage {ENGINES[name].stage}", self._origin(model.loras if model and anew else ())]
         if runtime not in (None, "onnx"):
             parts.append(f"--target {runtime}")
             if runtime == "tensorrt-rtx" and sm is not None:
@@ -442,7 +445,7 @@ class Bundle:
         """The words of a command that say where weights come from."""
         size, source = self.manifest.model.size, self.manifest.model.source
         checkpoint = f"--size {size}" if size != "custom" else f"--checkpoint {source}"
-        return " ".join([checkpoint, *(f"--lora {lora}" for lora in loras)])
+        return " ".join([checkpoint, *(f"--lora {shlex.quote(lora)}" for lora in loras)])
 
 
 def default_bundle_path() -> Path:

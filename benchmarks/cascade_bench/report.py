@@ -138,7 +138,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         share = "" if row["roofline_share"] is None else f"{100 * row['roofline_share']:.0f} %"
         error = "" if row["rel_error"] is None else f"{row['rel_error']:.1e}"
         ratio = "" if row["ratio_to_eager"] is None else f"{row['ratio_to_eager']:.2f}"
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} ({row['own_mib']:.0f})"
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        peak += "" if row["own_mib"] is None else f" ({row['own_mib']:.0f})"
         spread = f"{_seconds(row['median_s'])} ({_seconds(row['p10_s'])} - {_seconds(row['p90_s'])})"
         note = f" {row['skipped']}" if row["skipped"] else ""
         load, first = _seconds(row["load_s"]), _seconds(row["first_s"])

@@ -93,7 +93,7 @@ def resolve_provider(provider: str) -> str:
 
 
 def _runs_graphs(provider: str) -> bool:
-    """Whether a provider of graphs is installed and has its device here. To ask costs what loading its library does."""
+    """Whether a provider of graphs is installed and has its device here. To ask ONNX Runtime costs its import."""
     if provider == "openvino":
         from . import openvino
 
@@ -139,7 +139,9 @@ def open_engine(bundle: Bundle, name: str, provider: str, threads: int | None = 
     """
     if (runtime := engine_runtime(provider)) != "onnx":
         if threads is not None:
-            raise RequestError(f"--threads {threads} goes with ONNX Runtime; provider {provider} computes on the GPU")
+            raise RequestError(
+                f"--threads {threads} is for providers of the CPU; provider {provider} is one of the GPU"
+            )
         from .tensorrt import open_plan
 
         return open_plan(bundle, name, runtime)

@@ -165,7 +165,8 @@ def _drop_unit_factors(model: Any) -> None:
         for factor, other in ((1, 0), (0, 1)):
             constant = node.input_value(factor).get_node()
             if constant.get_type_name() == "Constant" and not constant.get_output_shape(0) and _is_one(constant):
-                node.output(0).replace(node.input_value(other))
+                if node.input_value(other).get_node().get_type_name() != "Parameter":  # it has a name to keep
+                    node.output(0).replace(node.input_value(other))
                 break
 
 

@@ -12,7 +12,7 @@ from cascade_rt.errors import CheckpointError, MissingCheckpointError, RequestEr
 from cascade_rt.stages import Size
 
 from . import presets
-from .components import PICKLES, Checkpoint, Component, Facts, TokenizerSource
+from .components import Checkpoint, Component, Facts, TokenizerSource, refuse_pickle
 from .folders import FOLDERS, LITE_FOLDERS, ROOT_FILES, TOKENIZER_FOLDERS, FolderCheckpoint
 from .originals import split_single_file
 from .weights import SafetensorsSource
@@ -40,11 +40,7 @@ def open_checkpoint(place: str | None, size: Size | None) -> Checkpoint:
     if kind == RANDOM:
         return RandomCheckpoint(size or "big", _seed(place, seed))
     path = Path(place).expanduser()
-    if path.suffix in PICKLES:
-        raise MissingCheckpointError(
-            f"{path.name} is a pickle, which can run code when it is read; only .safetensors is. "
-            "Convert it with safetensors.torch.save_file, or download the .safetensors variant"
-        )
+    refuse_pickle(path)
     if (path / "cascade.json").is_file():
         return BundleCheckpoint(path)
     if path.is_dir():

@@ -8,14 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from cascade_rt.bundle import SamplerPreset
+from cascade_rt.errors import MissingCheckpointError
 from cascade_rt.sampling import PredictionType, SamplerName
 
 from .weights import TensorSource
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse a file by its name, whether or not it is there.
+
+    Raises:
+        MissingCheckpointError: it is a pickle.
+    """
+    if path.suffix in PICKLES:
+        raise MissingCheckpointError(
+            f"{path.name} is a pickle, which can run code when it is read; only .safetensors is. "
+            "Convert it with safetensors.torch.save_file, or download the .safetensors variant"
+        )
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from cascade_rt.text import TokenizerRecord
 
 from . import presets
 from .checkpoints import BundleCheckpoint
-from .components import Checkpoint, Facts
+from .components import Checkpoint, Component, Facts
 from .graphs import dims_of
 from .loading import load_fp32, plain_json, weights_of
 from .models import Denoiser, DenoiserConfig, StageAConfig, StreamScales
@@ -156,6 +156,7 @@ class _Builder:
             raise RequestError(
                 f"the checkpoint {self._checkpoint.facts.source} has no {name}; --stage {stage} needs one that has it"
             )
+        self._check_loras(name, component)
         precision = self._request.precision
         config = plain_json(component.config)
         if stage == "text" and not self._add_tokenizer():
@@ -202,6 +203,21 @@ class _Builder:
                 if (loop := found.get("loop")) is not None:
                     line += f"; after a loop of {loop['steps']} steps {loop['rel_l2']:.1e}"
         self._report(line)
+
+    def _check_loras(self, name: str, component: Component) -> None:
+        """Refuse plans with other LoRA files than the graphs beside which they would lie.
+
+        Raises:
+            RequestError: the bundle's graphs of the model hold others.
+        """
+        kept = self._bundle.models.get(name)
+        if self._request.keeps_graphs or kept is None or kept.weights is None or kept.loras == component.loras:
+            return
+        there, asked = (", ".join(loras) or "no LoRA" for loras in (kept.loras, component.loras))
+        raise RequestError(
+            f"{self._request.out} holds {name} with {there}, and its plans would have {asked}; "
+            "add --target onnx --overwrite to replace its graphs too, or choose another --out"
+        )
 
     def _trace(self, specs: list[EngineSpec], config: dict[str, Any], scales: StreamScales | None) -> dict[str, Traced]:
         graphs = {}

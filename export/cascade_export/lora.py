@@ -22,10 +22,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cascade_rt.errors import CheckpointError, MissingCheckpointError, RequestError
+from cascade_rt.errors import CheckpointError, RequestError
 from cascade_rt.stages import STAGES, StageName, engines_of
 
-from .components import PICKLES, Checkpoint, Component, Facts, TokenizerSource
+from .components import Checkpoint, Component, Facts, TokenizerSource, refuse_pickle
 from .loading import plain_json, weights_of
 from .request import Report
 from .weights import SafetensorsSource, Shape, TensorSource
@@ -35,10 +35,10 @@ _KOHYA = {"lora_prior_unet": "stage_c", "lora_decoder_unet": "stage_b", "lora_pr
 _PEFT = {"prior": "stage_c", "decoder": "stage_b", "text_encoder": "text_encoder"}
 _DOWN, _UP, _ALPHA = ("lora_down.weight", "lora_A.weight"), ("lora_up.weight", "lora_B.weight"), ("alpha",)
 _KOHYA_KEY = re.compile(rf"({'|'.join(_KOHYA)})_([^.]+)\.(.+)")
-_PEFT_KEY = re.compile(rf"(?:base_model\.model\.)?({'|'.join(_PEFT)})\.(.+?)\.((?:lora_|alpha|dora_).*)")
+_PEFT_KEY = re.compile(rf"({'|'.join(_PEFT)})\.(.+?)\.((?:lora_|alpha|dora_).*)")
 _NUMBERED_KEY = re.compile(r"weights\.(\d+)\.lora_(down|up)")
-# vectors of words that were taught beside the weights; which words, no file says
-_WORDS = re.compile(r"embeddings\.(embeddings|indices)|clip_[gl]|emb_params")
+# vectors of words that were taught beside the weights: the authors', ComfyUI's and OneTrainer's
+_WORDS = re.compile(r"embeddings\.(embeddings|indices)|clip_[gl]|emb_params|bundle_emb\..+")
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,7 @@ class Lora:
         Raises:
             CheckpointError: it is missing, damaged, of another kind, or holds what cannot be folded.
         """
-        if path.suffix in PICKLES:
-            raise MissingCheckpointError(
-                f"{path.name} is a pickle, which can run code when it is read; only .safetensors is. "
-                "Convert it with safetensors.torch.save_file, or download the .safetensors variant"
-            )
+        refuse_pickle(path)
         self.path, self.scale = path, scale
         self._tensors = SafetensorsSource([path])
         self.words = sum(1 for key in self._tensors.shapes if _WORDS.fullmatch(key))
@@ -94,7 +90,7 @@ class Lora:
     @property
     def label(self) -> str:
         """Name and scale, as `parse_lora` reads them."""
-        return self.path.name if self.scale == 1 else f"{self.path.name}:{self.scale:g}"
+        return self.path.name if self.scale == 1 else f"{self.path.name}:{self.scale!r}"
 
     @property
     def components(self) -> list[str]:
@@ -125,7 +121,12 @@ class Lora:
     def _alpha(self, key: str) -> float:
         if math.prod(self._tensors.shapes[key]) != 1:
             raise CheckpointError(f"{self.path.name} has {key} of shape {self._tensors.shapes[key]}; it is one number")
-        return float(self._tensors.read(key))
+        return self._finite(float(self._tensors.read(key)), key)
+
+    def _finite(self, alpha: float, where: str) -> float:
+        if not math.isfinite(alpha):
+            raise CheckpointError(f"{self.path.name} has an alpha of {alpha} in {where}; it is damaged")
+        return alpha
 
     def _place(self, key: str) -> tuple[str, str, str]:
         """A key -> its network, module, and which half of a pair it is.
@@ -157,9 +158,12 @@ class Lora:
             text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
         try:
             facts = json.loads(text)
-            if any(value for key, value in facts.items() if key.endswith(("alpha_pattern", "rank_pattern"))):
-                raise CheckpointError(f"{self.path.name} scales some modules on their own, which is not supported")
-            return {net: float(facts[f"{p}.lora_alpha"]) for p, net in _PEFT.items() if f"{p}.lora_alpha" in facts}
+            if odd := [key for key, value in facts.items() if value and key.endswith(("alpha_pattern", "use_rslora"))]:
+                raise CheckpointError(
+                    f"{self.path.name} sets {odd[0]}, which is not supported; it would be scaled wrongly"
+                )
+            alphas = {net: f"{prefix}.lora_alpha" for prefix, net in _PEFT.items() if f"{prefix}.lora_alpha" in facts}
+            return {net: self._finite(float(facts[key]), key) for net, key in alphas.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path.name} has metadata that cannot be read: {error}") from error
 
@@ -174,8 +178,8 @@ class Lora:
         numbered = [pair for pair in pairs if pair.target.isdigit()]
         if numbered and {int(pair.target) for pair in numbered} != set(range(count := _numbers(known))):
             raise CheckpointError(
-                f"{self.path.name} numbers {len(numbered)} weights and names none; this {component} has {count} that "
-                "the authors' training numbers, so it belongs to a network of another size"
+                f"{self.path.name} numbers {len(numbered)} weights and names none; of this {component} the authors' "
+                f"training numbers {count}. It belongs to another size, or was trained with module_filters of its own"
             )
         found: dict[str, list[Update]] = {}
         for pair in pairs:
@@ -209,7 +213,10 @@ class Lora:
         factor = self.scale * (1.0 if pair.alpha is None else pair.alpha / rank)
         product = factor * (up @ down)
         if not torch.isfinite(product).all():
-            raise CheckpointError(f"{self.path.name} holds NaN or infinity in {pair.down} or {pair.up}; it is damaged")
+            raise CheckpointError(
+                f"{self.path.name} times {self.scale:g} gives NaN or infinity with {pair.down} and {pair.up}; "
+                "it is damaged, or the scale too large"
+            )
         return product
 
 
@@ -270,6 +277,12 @@ class LoraCheckpoint:
         loras = [lora for lora in self._loras if name in lora.components]
         if component is None or not loras:
             return component
+        for lora in loras:
+            if any(label == lora.path.name or label.startswith(f"{lora.path.name}:") for label in component.loras):
+                raise RequestError(
+                    f"{name} of {self._base.facts.source} holds {lora.path.name} already; name the checkpoint that it "
+                    "was made from with --checkpoint, and a --lora once with the scale that it shall have"
+                )
         source = weights_of(name, plain_json(component.config), component)
         updates: dict[str, list[tuple[Lora, Update]]] = {}
         for lora in loras:
@@ -301,6 +314,9 @@ def with_loras(
     if not loras:
         return checkpoint
     stage_of = {engines_of(stage)[0].model: stage for stage in STAGES}
+    names = [lora.path.name for lora in loras]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RequestError(f"--lora {twice[0]} is given twice; give it once, with the sum of the scales")
     for lora in loras:
         asked = [name for name in lora.components if stage_of[name] in stages]
         if not asked:
@@ -309,11 +325,15 @@ def with_loras(
                 f"{lora.path.name} changes {there}; --stage {', '.join(stages)} exports no part of it: "
                 f"add --stage {' --stage '.join(stage_of[name] for name in lora.components)}"
             )
+        if not any(checkpoint.component(name) for name in asked):
+            raise RequestError(
+                f"{lora.path.name} changes {' and '.join(asked)}, and the checkpoint {checkpoint.facts.source} has none"
+            )
         for name in lora.components:
             count = sum(pair.component == name for pair in lora.pairs)
-            report(f"{lora.label}: {count} weights of {name}{'' if name in asked else ', which is not exported now'}")
+            report(f"{lora.label}: {count} products for {name}{'' if name in asked else ', which is not exported now'}")
         if lora.words:
-            report(f"{lora.label}: the words that it was taught are left out; no such file says which words they are")
+            report(f"{lora.label}: the words that were taught beside the weights are left out")
     return LoraCheckpoint(checkpoint, loras)
 
 

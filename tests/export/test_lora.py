@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,27 @@ from cascade_rt.errors import MissingCheckpointError
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 RANK, SCALE = 3, 0.7
-SHAPE = reference.SHAPES["four-level"]
+SHAPE = replace(
+    reference.SHAPES["four-level"],
+    # more than ten blocks in a level: 11 comes behind 2
+    prior={**reference.SHAPES["four-level"].prior, "down_num_layers_per_block": (1, 4)},
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cascade(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A checkpoint, and Stage C's attentions in the order in which diffusers' own module holds them."""
     root = tmp_path_factory.mktemp("lora")
-    reference.build(SHAPE, root).save_pretrained(root / "diffusers")
-    return root / "diffusers"
+    theirs = reference.build(SHAPE, root)
+    theirs.save_pretrained(root / "diffusers")
+    blocks = [name for name, _ in theirs.prior_prior.named_modules() if name.endswith(".attention")]
+    assert sorted(blocks) != blocks, "the order of letters would pass too"
+    return root / "diffusers", blocks
+
+
+@pytest.fixture(scope="module")
+def folder(cascade: tuple[Path, list[str]]) -> Path:
+    return cascade[0]
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +52,8 @@ def prior(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next((folder / "prior_prior").glob("*.safetensors")))
 
 
-def attentions(state: dict[str, torch.Tensor]) -> list[str]:
-    """In the order of the forward pass, read off diffusers' own module."""
-    blocks = {m[1] for name in state if (m := re.fullmatch(r"(.+\.attention)\.to_q\.weight", name))}
-    numbered = {b: tuple(int(n) for n in re.findall(r"\d+", b)) for b in blocks}
-    down = sorted((b for b in blocks if b.startswith("down")), key=numbered.__getitem__)
-    return down + sorted((b for b in blocks if b.startswith("up")), key=numbered.__getitem__)
-
-
 @pytest.fixture(scope="module")
-def pairs(prior: dict[str, torch.Tensor]) -> Pairs:
+def pairs(cascade: tuple[Path, list[str]], prior: dict[str, torch.Tensor]) -> Pairs:
     """Up and down of every attention's four projections, by diffusers' module; q, k and v share their down half."""
     generator = torch.Generator().manual_seed(0)
 
@@ -55,7 +61,7 @@ def pairs(prior: dict[str, torch.Tensor]) -> Pairs:
         return torch.randn(shape, generator=generator) * 0.1
 
     made: Pairs = {}
-    for block in attentions(prior):
+    for block in cascade[1]:
         width = prior[f"{block}.to_q.weight"].shape[0]
         shared = draw(RANK, width)
         for name in ("to_q", "to_k", "to_v"):
@@ -211,11 +217,15 @@ def test_what_does_not_fit_is_named(folder: Path, pairs: Pairs, tmp_path: Path) 
     assert "does not have" in refuse(stranger, folder, tmp_path)
     assert "DoRA" in refuse(good | {down.replace("lora_down.weight", "dora_scale"): torch.ones(1)}, folder, tmp_path)
     assert "one number" in refuse(good | {down.replace("lora_down.weight", "alpha"): torch.ones(2)}, folder, tmp_path)
+    assert "alpha of nan" in refuse(
+        good | {down.replace("lora_down.weight", "alpha"): torch.tensor(float("nan"))}, folder, tmp_path
+    )
     assert "no LoRA weights" in refuse({"clip_g": torch.zeros(2, 64)}, folder, tmp_path)
     fewer = {k: t for k, t in authors(pairs, 1).items() if not k.startswith("weights.0.")}
-    assert "another size" in refuse(fewer, folder, tmp_path)
-    patterns = {"lora_adapter_metadata": json.dumps({"prior.alpha_pattern": {"a": 1}})}
-    assert "not supported" in refuse(peft(pairs, 1), folder, tmp_path, **patterns)
+    assert "another size, or was trained" in refuse(fewer, folder, tmp_path)
+    for odd in ({"prior.alpha_pattern": {"a": 1}}, {"prior.use_rslora": True}):
+        told = {"lora_adapter_metadata": json.dumps(odd)}
+        assert "not supported" in refuse(peft(pairs, 1), folder, tmp_path, **told)
     assert "cannot be read" in refuse(peft(pairs, 1), folder, tmp_path, lora_adapter_metadata="{")
 
 
@@ -239,18 +249,19 @@ def test_what_is_typed(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
 def test_the_command(
     folder: Path, prior: dict[str, torch.Tensor], pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(kohya(pairs, RANK) | {"clip_g": torch.zeros(2, 64)}, tmp_path / "style.safetensors")
+    file = write(kohya(pairs, RANK) | {"bundle_emb.<me>.clip_g": torch.zeros(2, 64)}, tmp_path / "style.safetensors")
     words = ["--checkpoint", str(folder), "--precision", "fp32", "--quiet", "--no-verify"]
     out = tmp_path / "bundle"
     assert cli.main(["--stage", "c", "--stage", "a", "--lora", f"{file}:0.5", *words, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"style\.safetensors:0\.5: \d+ weights of stage_c", said)
+    assert re.search(r"style\.safetensors:0\.5: \d+ products for stage_c", said)
     assert "words" in said
     models = Bundle(out).manifest.models
     assert models["stage_c"].loras == ("style.safetensors:0.5",)
     assert models["stage_a"].loras == ()
     assert Bundle(out).command("stage_c.step").count("--lora style.safetensors:0.5 ") == 1
     assert "--lora" not in Bundle(out).command("stage_a.decode")
+    assert "--lora" not in Bundle(out).command("stage_c.step", "tensorrt-rtx", 89), "plans come from its own graphs"
     assert main_info([str(out)]) == 0
     assert "stage_c: with style.safetensors:0.5" in capsys.readouterr().out
     written: dict[str, Any] = load_file(out / "stage_c.safetensors")
@@ -258,3 +269,47 @@ def test_the_command(
     assert cli.main(["--stage", "a", "--lora", str(file), *words, "--out", str(tmp_path / "no")]) == 2
     assert "changes stage_c" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_nothing_is_folded_twice_or_beside_others(
+    folder: Path, pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(kohya(pairs, RANK), tmp_path / "style.safetensors")
+    lora = ["--lora", f"{file}:0.5"]
+    words = ["--stage", "c", "--precision", "fp32", "--quiet", "--no-verify"]
+    original, plain, styled = str(folder), tmp_path / "plain", tmp_path / "styled"
+    assert cli.main([*words, "--checkpoint", original, "--out", str(plain)]) == 0
+    assert cli.main([*words, *lora, "--checkpoint", original, "--out", str(styled)]) == 0
+
+    def refused(*more: str) -> str:
+        capsys.readouterr()
+        assert cli.main([*words, *more]) == 2
+        return capsys.readouterr().err
+
+    elsewhere = ["--out", str(tmp_path / "no")]
+    assert "holds style.safetensors already" in refused(*lora, "--checkpoint", str(styled), *elsewhere)
+    assert "given twice" in refused(*lora, *lora, "--checkpoint", original, *elsewhere)
+    assert not (tmp_path / "no").exists()
+    plans = ["--checkpoint", original, "--target", "tensorrt-rtx", "--sm", "89"]
+    assert "with no LoRA, and its plans would have style" in refused(*lora, *plans, "--out", str(plain))
+    assert "would have no LoRA" in refused(*plans, "--out", str(styled))
+    assert cli.main([*words, "--checkpoint", str(styled), *elsewhere]) == 0, "a bundle is a checkpoint too"
+    assert Bundle(tmp_path / "no").manifest.models["stage_c"].loras == ("style.safetensors:0.5",)
+
+
+def test_a_checkpoint_without_the_network(
+    folder: Path, pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(kohya(pairs, 1), tmp_path / "style.safetensors")
+    words = [
+        "--stage",
+        "all",
+        "--checkpoint",
+        str(folder / "vqgan"),
+        "--lora",
+        str(file),
+        "--out",
+        str(tmp_path / "no"),
+    ]
+    assert cli.main(words) == 2
+    assert "changes stage_c, and the checkpoint" in capsys.readouterr().err

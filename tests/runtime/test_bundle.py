@@ -107,12 +107,27 @@ def strange_sampler(d: dict[str, Any]) -> None:
         (nameless, "not a readable bundle manifest"),
         (unknown_engine, "unknown engine 'stage_d'"),
         (strange_sampler, "sampler presets"),
+        (lambda d: d["models"]["stage_c"].update(loras="style"), "not a readable bundle manifest: .*loras"),
+        (lambda d: d["models"]["stage_c"].update(loras=[1]), "not a readable bundle manifest: .*loras"),
+        (lambda d: d["models"]["stage_c"].update(loras=None), "not a readable bundle manifest: .*loras"),
     ],
 )
 def test_bad_manifests_are_refused(copy: Path, change: Edit, message: str) -> None:
     edit(copy, change)
     with pytest.raises(BundleError, match=message):
         Bundle(copy)
+
+
+def test_commands_name_lora_files(copy: Path) -> None:
+    edit(copy, lambda d: d["models"]["stage_c"].update(loras=["my style.safetensors:0.8"]))
+    edit(copy, lambda d: d["models"]["stage_a"].pop("loras"))  # as bundles had it before there were any
+    bundle = Bundle(copy)
+    assert "--lora 'my style.safetensors:0.8' --out" in bundle.command("stage_c.step")
+    assert "--lora" not in bundle.command("stage_a.decode")
+    assert "--lora" not in bundle.command("stage_c.step", "tensorrt-rtx", 89), "its own graphs hold it"
+    (copy / "stage_a.safetensors").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"--stage all .*--lora 'my style.safetensors:0.8' --overwrite"):
+        bundle.file("stage_a.safetensors")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1}'])

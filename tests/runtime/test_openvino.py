@@ -163,3 +163,24 @@ def test_auto_does_not_import_it() -> None:
     code = "import sys, cascade_rt.backends as b; print(b.resolve_provider('auto'), 'openvino' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[1] == "False"
+
+
+def test_a_unit_factor_goes_from_either_side_and_names_stay() -> None:
+    import openvino
+    from openvino import opset8 as ops
+
+    x = ops.parameter([2, 3], openvino.Type.f32, name="x")
+    one = ops.constant(np.float32(1))
+    negative = ops.negative(x)
+    left = ops.multiply(one, negative)
+    first, second = ops.result(ops.multiply(ops.relu(left), one), "y"), ops.result(ops.exp(left), "z")
+    first.output(0).get_tensor().set_names({"y"})
+    untouched = ops.result(ops.multiply(x, one), "w")
+    model = openvino.Model([first, second, untouched], [x])
+    backend._drop_unit_factors(model)
+    assert sum(op.get_type_name() == "Multiply" for op in model.get_ops()) == 1, "the input keeps its own name"
+    assert model.output("y").get_node().input_value(0).get_node().get_type_name() == "Relu"
+    values = np.arange(-3, 3, dtype=np.float32).reshape(2, 3)
+    made = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(values)
+    for index, wanted in enumerate((np.maximum(-values, 0), np.exp(-values), values)):
+        assert np.allclose(made[index], wanted, rtol=1e-5)
