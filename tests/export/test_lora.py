@@ -233,7 +233,7 @@ def test_what_is_typed(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
     file = write(kohya(pairs, 1), tmp_path / "odd:0.5")
     assert parse_lora(str(file)).scale == 1, "a file of that name is that file"
     assert parse_lora(f"{file}:-2").scale == -2
-    assert parse_lora(f"{file}:-2").label == "odd:0.5:-2"
+    assert parse_lora(f"{file}:-2").label == "odd:0.5:-2.0"
     for wrong in ("strong", "nan", "inf", ""):
         with pytest.raises(RequestError, match="is no scale"):
             parse_lora(f"{file}:{wrong}")

@@ -148,7 +148,7 @@ def test_only_a_scalar_one_is_a_unit_factor(dtype: str, value: float, dropped: b
     for shape, expected in (([], dropped), ([1], False)):
         x = ops.parameter([2, 3], kind)
         factor = ops.convert(ops.constant(np.full(shape, value, np.float32)), kind)
-        folded = openvino.Model([ops.multiply(x, factor)], [x])
+        folded = openvino.Model([ops.multiply(ops.negative(x), factor)], [x])
         manager = Manager()
         manager.register_pass(ConstantFolding())
         manager.run_passes(folded)
