@@ -36,6 +36,7 @@ _PEFT = {"prior": "stage_c", "decoder": "stage_b", "text_encoder": "text_encoder
 _DOWN, _UP, _ALPHA = ("lora_down.weight", "lora_A.weight"), ("lora_up.weight", "lora_B.weight"), ("alpha",)
 _KOHYA_KEY = re.compile(rf"({'|'.join(_KOHYA)})_([^.]+)\.(.+)")
 _PEFT_KEY = re.compile(rf"({'|'.join(_PEFT)})\.(.+?)\.((?:lora_|alpha|dora_).*)")
+_NUMBERED = "weights."
 _NUMBERED_KEY = re.compile(r"weights\.(\d+)\.lora_(down|up)")
 # vectors of words that were taught beside the weights: the authors', ComfyUI's and OneTrainer's
 _WORDS = re.compile(r"embeddings\.(embeddings|indices)|clip_[gl]|emb_params|bundle_emb\..+")
@@ -47,7 +48,7 @@ class Pair:
 
     Attributes:
         component: the network that it changes.
-        target: the module's name in the file; a number for the authors' files, which have no names.
+        target: the module's name in the file; ``weights.{i}`` in the authors' files, which have no names.
         down: key of ``[rank, in, ...]``.
         up: key of ``[out, rank, ...]``.
         alpha: what the product is multiplied with, beside 1 / rank; None: the rank.
@@ -113,7 +114,7 @@ class Lora:
                 there = next(iter(keys.values()))
                 raise CheckpointError(f"{self.path.name} has {there}, but no {missing.pop()} half of it; it is cut")
             alpha = self._alpha(keys["alpha"]) if "alpha" in keys else default.get(component)
-            if target.isdigit():
+            if target.startswith(_NUMBERED):
                 alpha = 1.0  # the authors' default, which their files do not record
             pairs.append(Pair(component, target, keys["down"], keys["up"], alpha))
         return pairs
@@ -135,7 +136,7 @@ class Lora:
             CheckpointError: it is none of a LoRA of Stable Cascade.
         """
         if match := _NUMBERED_KEY.fullmatch(key):
-            return "stage_c", match[1], match[2]
+            return "stage_c", f"{_NUMBERED}{match[1]}", match[2]
         for pattern, networks in ((_KOHYA_KEY, _KOHYA), (_PEFT_KEY, _PEFT)):
             if match := pattern.fullmatch(key):
                 kind = match[3].replace(".default.", ".")
@@ -175,11 +176,12 @@ class Lora:
         """
         known = _targets(component, shapes)
         pairs = [pair for pair in self.pairs if pair.component == component]
-        numbered = [pair for pair in pairs if pair.target.isdigit()]
-        if numbered and {int(pair.target) for pair in numbered} != set(range(count := _numbers(known))):
+        numbered = {pair.target for pair in pairs if pair.target.startswith(_NUMBERED)}
+        places = {name for name in known if name.startswith(_NUMBERED)}
+        if numbered and numbered != places:
             raise CheckpointError(
                 f"{self.path.name} numbers {len(numbered)} weights and names none; of this {component} the authors' "
-                f"training numbers {count}. It belongs to another size, or was trained with module_filters of its own"
+                f"training numbers {len(places)}. It is for another size, or was trained with module_filters of its own"
             )
         found: dict[str, list[Update]] = {}
         for pair in pairs:
@@ -356,8 +358,8 @@ def _targets(component: str, shapes: Mapping[str, Shape]) -> dict[str, list[tupl
     for number, attention in enumerate(sorted(attentions, key=_place_in_network)):
         fused = [(f"{attention}.{name}.weight", (index, 3)) for index, name in enumerate(("to_q", "to_k", "to_v"))]
         add(f"{attention}.attn.in_proj", fused)
-        targets[str(2 * number)] = [(f"{attention}.to_out.0.weight", (0, 1))]
-        targets[str(2 * number + 1)] = fused
+        targets[f"{_NUMBERED}{2 * number}"] = [(f"{attention}.to_out.0.weight", (0, 1))]
+        targets[f"{_NUMBERED}{2 * number + 1}"] = fused
     return targets
 
 
@@ -376,7 +378,3 @@ def _names(component: str, module: str) -> list[str]:
 def _place_in_network(attention: str) -> tuple[bool, tuple[int, ...]]:
     """Order of the forward pass: all on the way down, then all on the way up."""
     return attention.startswith("up_blocks"), tuple(map(int, re.findall(r"\d+", attention)))
-
-
-def _numbers(known: Mapping[str, object]) -> int:
-    return sum(name.isdigit() for name in known)

@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_named(folder: Path, pairs: Pairs, tmp_path: Path) 
     )
     assert "no LoRA weights" in refuse({"clip_g": torch.zeros(2, 64)}, folder, tmp_path)
     fewer = {k: t for k, t in authors(pairs, 1).items() if not k.startswith("weights.0.")}
-    assert "another size, or was trained" in refuse(fewer, folder, tmp_path)
+    assert "for another size, or was trained" in refuse(fewer, folder, tmp_path)
     for odd in ({"prior.alpha_pattern": {"a": 1}}, {"prior.use_rslora": True}):
         told = {"lora_adapter_metadata": json.dumps(odd)}
         assert "not supported" in refuse(peft(pairs, 1), folder, tmp_path, **told)
