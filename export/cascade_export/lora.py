@@ -230,8 +230,9 @@ def parse_lora(text: str) -> Lora:
         CheckpointError: see `Lora`.
     """
     head, colon, tail = text.rpartition(":")
-    if not colon or Path(text).is_file():
-        return Lora(Path(text).expanduser())
+    whole = Path(text).expanduser()
+    if not colon or whole.is_file():
+        return Lora(whole)
     try:
         scale = float(tail)
     except ValueError:
@@ -274,7 +275,12 @@ class LoraCheckpoint:
         return self._base.facts
 
     def component(self, name: str) -> Component | None:
-        """A network; the files that changed it are named in it."""
+        """A network; the files that changed it are named in it.
+
+        Raises:
+            RequestError: it holds one of the files already.
+            CheckpointError: a file does not fit it.
+        """
         component = self._base.component(name)
         loras = [lora for lora in self._loras if name in lora.components]
         if component is None or not loras:
@@ -311,14 +317,17 @@ def with_loras(
         report: gets a line for each network that a file changes, and for what is left out.
 
     Raises:
-        RequestError: a file changes nothing that will be exported.
+        RequestError: a file changes nothing that will be exported, or two have the same name.
     """
     if not loras:
         return checkpoint
     stage_of = {engines_of(stage)[0].model: stage for stage in STAGES}
     names = [lora.path.name for lora in loras]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise RequestError(f"--lora {twice[0]} is given twice; give it once, with the sum of the scales")
+        raise RequestError(
+            f"two --lora files are called {twice[0]}, which the manifest could not tell apart; give one file once, with "
+            "the sum of the scales, or rename one of two"
+        )
     for lora in loras:
         asked = [name for name in lora.components if stage_of[name] in stages]
         if not asked:

@@ -288,7 +288,9 @@ def test_nothing_is_folded_twice_or_beside_others(
 
     elsewhere = ["--out", str(tmp_path / "no")]
     assert "holds style.safetensors already" in refused(*lora, "--checkpoint", str(styled), *elsewhere)
-    assert "given twice" in refused(*lora, *lora, "--checkpoint", original, *elsewhere)
+    assert "two --lora files are called style.safetensors" in refused(
+        *lora, *lora, "--checkpoint", original, *elsewhere
+    )
     assert not (tmp_path / "no").exists()
     plans = ["--checkpoint", original, "--target", "tensorrt-rtx", "--sm", "89"]
     assert "with no LoRA, and its plans would have style" in refused(*lora, *plans, "--out", str(plain))
