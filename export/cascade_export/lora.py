@@ -325,8 +325,8 @@ def with_loras(
     names = [lora.path.name for lora in loras]
     if twice := [name for name in names if names.count(name) > 1]:
         raise RequestError(
-            f"two --lora files are called {twice[0]}, which the manifest could not tell apart; give one file once, with "
-            "the sum of the scales, or rename one of two"
+            f"two --lora files are called {twice[0]}, which the manifest could not tell apart; give one file once, "
+            "with the sum of the scales, or rename one of two"
         )
     for lora in loras:
         asked = [name for name in lora.components if stage_of[name] in stages]
