@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ class DecoderPipeline:
         """
         runner = self._runner
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        context = {t.name: t for t in runner.spec("stage_b.context").inputs}
+        context = {t.name: t for t in runner.engines.spec("stage_b.context").inputs}
         if isinstance(image_embeddings, list) and image_embeddings:
             image_embeddings = np.concatenate(image_embeddings)
         channels = int(context["effnet"].axes[1])
@@ -79,9 +78,10 @@ class DecoderPipeline:
         if wanted % given:
             raise RequestError(f"{wanted} image embeddings cannot be shared out to {given} prompts")
         _, guidance = runner.schedule("stage_b", loop, runner.preset(sampler).decoder)
-        check_batch(wanted * count, guidance.on, runner.spec("stage_b.step").ranges["batch"].max)
-        texts = runner.texts(prompts, count * (wanted // given), guidance.on)
-        return self.run(np.repeat(image_embeddings, count, axis=0), texts, loop, output_type)
+        check_batch(wanted * count, guidance.on, runner.engines.spec("stage_b.step").ranges["batch"].max)
+        with runner.engines.together(*decoder_engines(output_type)):
+            texts = runner.texts(prompts, count * (wanted // given), guidance.on)
+            return self.run(np.repeat(image_embeddings, count, axis=0), texts, loop, output_type)
 
     def run(
         self,
@@ -104,7 +104,7 @@ class DecoderPipeline:
             crop: (height, width) in pixels of what is returned; None: everything.
         """
         runner, facts = self._runner, self._runner.bundle.manifest.model
-        spec = runner.spec("stage_b.step")
+        spec = runner.engines.spec("stage_b.step")
         preset = runner.preset(loop.sampler)
         schedule, guidance = runner.schedule("stage_b", loop, preset.decoder)
         multiple = spec.ranges["height"].multiple
@@ -119,18 +119,23 @@ class DecoderPipeline:
         if guidance.on:
             negatives = (texts.negative_pooled, np.zeros_like(effnet))
             conditions = {n: with_negative(x, y) for (n, x), y in zip(conditions.items(), negatives, strict=True)}
-        started = time.perf_counter()
-        result = runner.denoise("stage_b", loop, schedule, guidance, latents, conditions, self)
-        timings = {"stage_b": time.perf_counter() - started}
+        timings: dict[str, float] = {}
+        with runner.timed(timings, "stage_b"):
+            result = runner.denoise("stage_b", loop, schedule, guidance, latents, conditions, self)
         if output_type == "latent":
             return CascadeOutput(result, timings)
-        started = time.perf_counter()
-        decoded = host(runner.call("stage_a.decode", {"latents": result * np.float32(preset.latent_scale)}), "pixels")
-        if not np.isfinite(decoded).all():
-            raise EngineError("stage_a.decode made numbers that are not finite; export it with --precision fp32")
-        pixels = np.ascontiguousarray(np.clip(decoded, 0, 1).transpose(0, 2, 3, 1))
-        if crop is not None:
-            pixels = np.ascontiguousarray(crop_center(pixels, *crop))
-        images = pixels if output_type == "np" else to_pil(pixels)
-        timings["stage_a"] = time.perf_counter() - started
+        with runner.timed(timings, "stage_a"):
+            scaled = result * np.float32(preset.latent_scale)
+            decoded = host(runner.engines.call("stage_a.decode", {"latents": scaled}), "pixels")
+            if not np.isfinite(decoded).all():
+                raise EngineError("stage_a.decode made numbers that are not finite; export it with --precision fp32")
+            pixels = np.ascontiguousarray(np.clip(decoded, 0, 1).transpose(0, 2, 3, 1))
+            if crop is not None:
+                pixels = np.ascontiguousarray(crop_center(pixels, *crop))
+            images = pixels if output_type == "np" else to_pil(pixels)
         return CascadeOutput(images, timings)
+
+
+def decoder_engines(output_type: str) -> tuple[str, ...]:
+    """The engines that decode, in the order in which they run; Stage A has nothing to do for latents."""
+    return ("stage_b.context", "stage_b.step", *(() if output_type == "latent" else ("stage_a.decode",)))

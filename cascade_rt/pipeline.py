@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle, find_bundle
-from .decoder import DecoderPipeline
+from .decoder import DecoderPipeline, decoder_engines
 from .noise import make_noise
 from .outputs import CascadeOutput
 from .prior import PriorPipeline
@@ -49,7 +49,7 @@ class CascadePipeline:
     @property
     def provider(self) -> str:
         """What runs it."""
-        return self._runner.provider
+        return self._runner.engines.provider
 
     @classmethod
     def from_pretrained(
@@ -86,12 +86,12 @@ class CascadePipeline:
             BundleError: the bundle does not have it.
             EngineError: a tensor is not as the engine takes it.
         """
-        outputs = self._runner.call(name, feeds)
+        outputs = self._runner.engines.call(name, feeds)
         return {key: value for key, value in outputs.items() if isinstance(value, np.ndarray)}
 
     def close(self) -> None:
         """Give back every engine. Closing twice is fine; a closed pipeline refuses to run."""
-        self._runner.close()
+        self._runner.engines.close()
 
     def __enter__(self) -> CascadePipeline:
         return self
@@ -156,8 +156,9 @@ class CascadePipeline:
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         # refuse before the first stage has spent its time
-        for name in ("stage_c.step", "stage_b.step", *(() if output_type == "latent" else ("stage_a.decode",))):
-            self._runner.spec(name)
+        engines = ("stage_c.context", "stage_c.step", *decoder_engines(output_type))
+        for name in engines:
+            self._runner.engines.spec(name)
         source = make_noise(noise, seed)
         decoding = Loop(
             num_inference_steps,
@@ -185,10 +186,12 @@ class CascadePipeline:
             prior_callback_on_step_end,
             "prior_guidance_scale",
         )
-        prior, sizes, texts = self.prior.run(
-            prompts, loop, (height, width), num_images_per_prompt, negative_needed=guidance.on
-        )
-        out = self.decoder.run(
-            prior.image_embeddings, texts, decoding, output_type, size=sizes.decoder, crop=sizes.picture
-        )
-        return CascadeOutput(out.images, {**prior.timings, **out.timings})
+        with self._runner.engines.together(*engines):
+            prior, sizes, texts = self.prior.run(
+                prompts, loop, (height, width), num_images_per_prompt, negative_needed=guidance.on
+            )
+            out = self.decoder.run(
+                prior.image_embeddings, texts, decoding, output_type, size=sizes.decoder, crop=sizes.picture
+            )
+        load = prior.timings["load"] + out.timings["load"]
+        return CascadeOutput(out.images, {**prior.timings, **out.timings, "load": load})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,8 @@ class PriorPipeline:
         loop = Loop(
             num_inference_steps, guidance_scale, sampler, make_noise(noise, seed), latents, callback_on_step_end
         )
-        out, _, _ = self.run(prompts, loop, (height, width), num_images_per_prompt, image_embeds=image_embeds)
+        with self._runner.engines.together("stage_c.context", "stage_c.step"):
+            out, _, _ = self.run(prompts, loop, (height, width), num_images_per_prompt, image_embeds=image_embeds)
         return out
 
     def run(
@@ -87,15 +87,15 @@ class PriorPipeline:
             negative_needed: whether the decoder will want negative embeddings.
         """
         runner, facts = self._runner, self._runner.bundle.manifest.model
-        step_spec, context_spec = (runner.spec(f"stage_c.{part}") for part in ("step", "context"))
+        step_spec, context_spec = (runner.engines.spec(f"stage_c.{part}") for part in ("step", "context"))
         preset = runner.preset(loop.sampler)
         sizes = self._sizes(loop, *(or_default(s, d) for s, d in zip(size, (facts.height, facts.width), strict=True)))
         schedule, guidance = runner.schedule("stage_c", loop, preset.prior)
         batch = prompts.count() * check_count("num_images_per_prompt", images)
         check_batch(batch, guidance.on, step_spec.ranges["batch"].max)
-        started = time.perf_counter()
-        texts = runner.texts(prompts, images, guidance.on or negative_needed)
-        timings = {"text_encoder": time.perf_counter() - started}
+        timings: dict[str, float] = {}
+        with runner.timed(timings, "text_encoder"):
+            texts = runner.texts(prompts, images, guidance.on or negative_needed)
         if texts.prompt is None:
             raise RequestError("the prior needs prompt_embeds beside prompt_embeds_pooled")
         shape = (batch, int(step_spec.inputs[0].axes[1]), *sizes.prior)
@@ -107,9 +107,8 @@ class PriorPipeline:
         if guidance.on:
             negatives = (texts.negative, texts.negative_pooled, np.zeros_like(clip_img))
             conditions = {n: with_negative(x, y) for (n, x), y in zip(conditions.items(), negatives, strict=True)}
-        started = time.perf_counter()
-        result = runner.denoise("stage_c", loop, schedule, guidance, latents, conditions, self)
-        timings["stage_c"] = time.perf_counter() - started
+        with runner.timed(timings, "stage_c"):
+            result = runner.denoise("stage_c", loop, schedule, guidance, latents, conditions, self)
         negative = (texts.negative, texts.negative_pooled) if guidance.on else (None, None)
         return PriorOutput(result, texts.prompt, texts.pooled, *negative, timings), sizes, texts
 

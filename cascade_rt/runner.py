@@ -1,8 +1,9 @@
-"""What both halves of a cascade share: engines, text embeddings, and the denoising loop."""
+"""What both halves of a cascade share: text embeddings, schedules, and the denoising loop."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import DeviceTensor, Engine, Value, find_record, open_engine, resolve_provider
+from .backends import DeviceTensor, Value
 from .bundle import Bundle, LoopDefaults, SamplerPreset
 from .errors import BundleError, CascadeError, EngineError, RequestError
+from .loader import EngineLoader
 from .noise import Noise
-from .request import as_array, as_prompts, check_choice, check_count, check_scale
+from .request import as_array, as_prompts, check_choice, check_scale
 from .sampling import (
     SAMPLERS,
     SamplerName,
@@ -26,7 +28,6 @@ from .sampling import (
     predict_x0,
     timestep_embedding,
 )
-from .stages import EngineSpec
 
 Array = NDArray[np.float32]
 Prompt = str | Sequence[str]
@@ -119,28 +120,10 @@ class Runner:
     """A bundle at work."""
 
     def __init__(self, bundle: Bundle, provider: str, low_memory: bool, threads: int | None) -> None:
-        """Prepare to run a bundle; engines are loaded when they are first needed. See `CascadePipeline`."""
-        if threads is not None:
-            check_count("threads", threads)
+        """Prepare to run a bundle. See `CascadePipeline`."""
         self.bundle = bundle
-        self.provider = resolve_provider(provider)
+        self.engines = EngineLoader(bundle, provider, low_memory, threads)
         self.bar: dict[str, Any] = {"disable": None}  # None: a bar on a terminal, nothing when piped
-        self._low_memory = low_memory
-        self._threads = threads
-        self._engines: dict[str, Engine] = {}
-        self._closed = False
-
-    @property
-    def loaded(self) -> list[str]:
-        """Names of the engines that are loaded now."""
-        return list(self._engines)
-
-    def close(self) -> None:
-        """Give back every engine."""
-        for engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
-        self._closed = True
 
     def preset(self, sampler: SamplerName | None) -> SamplerPreset:
         """The settings of a sampler; None is the bundle's default.
@@ -178,13 +161,14 @@ class Runner:
         scale = check_scale(loop.scale_name, or_default(loop.scale, defaults.guidance_scale))
         return schedule, Guidance(scale, defaults.guidance_rescale)
 
-    def spec(self, name: str) -> EngineSpec:
-        """Tensors and ranges of the engine that will run: a plan takes fewer sizes than its graph.
-
-        Raises:
-            BundleError: the bundle has no such engine for the provider.
-        """
-        return find_record(self.bundle, name, self.provider).spec
+    @contextmanager
+    def timed(self, timings: dict[str, float], name: str) -> Iterator[None]:
+        """Note the seconds of a part as ``timings[name]``; those in which engines were loaded count as ``load``."""
+        started, loaded = time.perf_counter(), self.engines.seconds
+        yield
+        loading = self.engines.seconds - loaded
+        timings[name] = time.perf_counter() - started - loading
+        timings["load"] = timings.get("load", 0.0) + loading
 
     def latents(self, loop: Loop, shape: tuple[int, ...]) -> Array:
         """The caller's initial noise, or the source's, which is drawn only then.
@@ -195,29 +179,11 @@ class Runner:
         given = loop.noise.normal(shape) if loop.latents is None else loop.latents
         return as_array("latents", given, shape)
 
-    @contextmanager
-    def engine(self, name: str) -> Iterator[Engine]:
-        """An engine, loaded if it is not; closed afterwards in low-memory mode."""
-        if self._closed:
-            raise EngineError("this pipeline was closed; open it again with CascadePipeline.from_pretrained")
-        if name not in self._engines:
-            self._engines[name] = open_engine(self.bundle, name, self.provider, self._threads)
-        try:
-            yield self._engines[name]
-        finally:
-            if self._low_memory:
-                self._engines.pop(name).close()
-
-    def call(self, name: str, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Value]:
-        """Run an engine that is called once a picture."""
-        with self.engine(name) as engine:
-            return engine.bind({})(feeds)
-
     def encode(self, texts: Sequence[str]) -> tuple[Array, Array]:
         """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of prompts; equal prompts are encoded once."""
         unique = list(dict.fromkeys(texts))
         ids, mask = self.bundle.tokenizer()(unique)
-        out = self.call("text_encoder", {"input_ids": ids, "attention_mask": mask})
+        out = self.engines.call("text_encoder", {"input_ids": ids, "attention_mask": mask})
         rows = [unique.index(text) for text in texts]
         return host(out, "hidden_states")[rows], host(out, "pooled")[rows]
 
@@ -290,12 +256,12 @@ class Runner:
         Returns:
             ``[B, C, H, W]`` float32.
         """
-        with self.engine(f"{stage}.context") as engine:
+        with self.engines.engine(f"{stage}.context") as engine:
             dim = int(next(t.axes[1] for t in engine.spec.inputs if t.name == "timestep_embedding"))
             feeds = {"timestep_embedding": timestep_embedding(schedule.ratios, dim), **conditions}
             context = _on_device(engine.bind({})(feeds))
         result = latents
-        with self.engine(f"{stage}.step") as engine:
+        with self.engines.engine(f"{stage}.step") as engine:
             run = engine.bind(context)
             for step in self._with_bar(range(len(schedule)), f"stage {stage[-1]}"):
                 batch = np.concatenate([latents, latents]) if guidance.on else latents

@@ -145,7 +145,7 @@ def test_no_bundle_names_the_command(tmp_path: Path) -> None:
 def test_a_bundle_with_some_stages_runs_what_it_has(copy: Path) -> None:
     edit(copy, lambda d: d.update(engines=[e for e in d["engines"] if not e["name"].startswith("stage_c")]))
     with CascadePipeline.from_pretrained(copy, provider="cpu") as pipe:
-        with pytest.raises(BundleError, match=r"no engine stage_c.step.*cascade-export --stage c"):
+        with pytest.raises(BundleError, match=r"no engine stage_c\.context.*cascade-export --stage c"):
             pipe("x", seed=0)
         with pytest.raises(BundleError, match=r"no engine stage_c"):
             pipe.prior("x", seed=0)

@@ -24,7 +24,7 @@ def test_run_writes_a_png_that_says_what_it_is(
     assert captured.err == ""
     report = json.loads(captured.out)
     assert report["files"] == [str(out)]
-    assert set(report["seconds"]) == {"text_encoder", "stage_c", "stage_b", "stage_a", "total"}
+    assert set(report["seconds"]) == {"load", "text_encoder", "stage_c", "stage_b", "stage_a", "total"}
     image = Image.open(out)
     assert image.size == (report["width"], report["height"]) == (256, 256)
     assert image.text["prompt"] == "a red circle"

@@ -155,6 +155,13 @@ def test_configuration_keys_are_in_the_installed_runtime() -> None:
     assert b"session.disable_cpu_fallback" not in content, "a wrong key would be found too"
 
 
+@pytest.mark.parametrize("provider", ["cpu", *GPU_PROVIDERS])
+def test_memory_is_planned_where_the_table_says(bundle: Bundle, provider: str) -> None:
+    record = bundle.engine("stage_c.step", "onnx")
+    options, _ = session(provider, record, "00", None, recording=False)
+    assert options.enable_mem_reuse is (provider != "cpu")
+
+
 def test_recording_is_asked_for_by_its_own_option_only(bundle: Bundle) -> None:
     for provider, option in (("cuda", "enable_cuda_graph"), ("ort-tensorrt", "trt_cuda_graph_enable")):
         assert option in told(bundle, "stage_c.step", provider)
@@ -360,7 +367,7 @@ def test_a_picture_is_the_same_bound_or_not(shipped: Path) -> None:
     made = []
     for provider in ("cuda", "cpu"):
         with CascadePipeline.from_pretrained(shipped, provider="cpu", threads=1) as pipe:
-            pipe._runner.provider = provider
+            pipe._runner.engines.provider = provider
             pipe.set_progress_bar_config(disable=True)
             out = pipe("a red circle", seed=3, prior_num_inference_steps=3, num_inference_steps=2, output_type="np")
             made.append(np.asarray(out.images))
