@@ -38,7 +38,7 @@ class OrtProvider:
         options: of the provider, the same for every engine.
         recording: options added to have calls recorded as CUDA graphs; empty where there are none.
         graphs: how many CUDA graphs a session can hold.
-        plans_memory: whether ONNX Runtime looks, when it opens a session, for values that may share memory.
+        plans_memory: whether ONNX Runtime plans which values share memory, before the first call and from its pattern.
         precisions: of the graphs that it computes.
         bf16: what to type instead where a bf16 graph is not taken, and why that happens.
     """
@@ -58,7 +58,8 @@ TABLE: dict[str, OrtProvider] = {
     "cpu": OrtProvider(
         "CPUExecutionProvider",
         session=_SHORT_SPINNING,
-        # half of the time that a session takes to open, and no less memory: what is free goes back to the arena anyway
+        # the plan takes half of the time in which a session opens, and more memory than it saves: what is free goes back
+        # to the arena anyway, and the pattern of the first call is given a block of its own beside it
         plans_memory=False,
         precisions=("fp32", "fp16"),
         bf16="it has no bf16 convolution; use --provider openvino, or export with --precision fp32",
@@ -137,7 +138,7 @@ def session(
     row = TABLE[provider]
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; they reach the caller as exceptions too
-    options.enable_mem_reuse = row.plans_memory
+    options.enable_mem_reuse = options.enable_mem_pattern = row.plans_memory
     if threads is not None:
         options.intra_op_num_threads = threads
     for key, value in row.session.items():

@@ -159,7 +159,7 @@ def test_configuration_keys_are_in_the_installed_runtime() -> None:
 def test_memory_is_planned_where_the_table_says(bundle: Bundle, provider: str) -> None:
     record = bundle.engine("stage_c.step", "onnx")
     options, _ = session(provider, record, "00", None, recording=False)
-    assert options.enable_mem_reuse is (provider != "cpu")
+    assert options.enable_mem_reuse is options.enable_mem_pattern is (provider != "cpu")
 
 
 def test_recording_is_asked_for_by_its_own_option_only(bundle: Bundle) -> None:
