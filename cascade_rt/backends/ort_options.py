@@ -58,7 +58,7 @@ TABLE: dict[str, OrtProvider] = {
     "cpu": OrtProvider(
         "CPUExecutionProvider",
         session=_SHORT_SPINNING,
-        # the plan takes half of the time in which a session opens, and more memory than it saves: what is free goes back
+        # a plan takes half of the time in which a session opens, and more memory than it saves: what is free goes back
         # to the arena anyway, and the pattern of the first call is given a block of its own beside it
         plans_memory=False,
         precisions=("fp32", "fp16"),
