@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade_rt.bundle import MANIFEST, default_bundle_path
+from cascade_rt.bundle import MANIFEST, Bundle, default_bundle_path, find_bundle
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,3 +39,9 @@ def shipped() -> Path:
     if not (path / MANIFEST).is_file():
         pytest.fail(f"there is no shipped bundle at {path}: the package is not whole")
     return path
+
+
+@pytest.fixture
+def bundle(shipped: Path) -> Bundle:
+    """The same, opened."""
+    return find_bundle(shipped)

@@ -10,7 +10,7 @@ import pytest
 
 import cascade_rt.loader
 from cascade_rt import CascadePipeline, EngineError, RequestError
-from cascade_rt.bundle import Bundle, find_bundle
+from cascade_rt.bundle import Bundle
 from cascade_rt.loader import EngineLoader
 
 THREE = ("stage_c.context", "stage_c.step", "stage_b.context")
@@ -47,11 +47,6 @@ class Opened:
 
         def close(self) -> None:
             self.opened.closed.append(self.name)
-
-
-@pytest.fixture
-def bundle(shipped: Path) -> Bundle:
-    return find_bundle(shipped)
 
 
 def loader(bundle: Bundle, low_memory: bool = False) -> EngineLoader:

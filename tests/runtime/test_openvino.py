@@ -14,16 +14,11 @@ import pytest
 from cascade_rt import CascadePipeline, EngineError
 from cascade_rt.backends import open_engine, resolve_provider
 from cascade_rt.backends import openvino as backend
-from cascade_rt.bundle import Bundle, find_bundle
+from cascade_rt.bundle import Bundle
 from cascade_rt.sampling import timestep_embedding
 
 if importlib.util.find_spec("openvino") is None:
     pytest.skip("openvino is not installed: pip install 'cascade-rt[openvino]'", allow_module_level=True)
-
-
-@pytest.fixture
-def bundle(shipped: Path) -> Bundle:
-    return find_bundle(shipped)
 
 
 def test_the_picture_is_the_one_of_onnx_runtime(shipped: Path) -> None:
