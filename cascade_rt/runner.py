@@ -274,9 +274,9 @@ class Runner:
                 if guidance.on:
                     count = len(latents)
                     prediction = guide(prediction[:count], prediction[count:], guidance.scale, guidance.rescale)
-                x0 = predict_x0(schedule, step, latents, prediction)
-                latents = denoise_step(schedule, step, latents, prediction, loop.noise.normal(latents.shape))
-                result = x0 if schedule.returns_x0 else latents
+                before, noise = latents, loop.noise.normal(latents.shape)
+                latents = denoise_step(schedule, step, before, prediction, noise)
+                result = predict_x0(schedule, step, before, prediction) if schedule.returns_x0 else latents
                 if loop.callback is not None:
                     changed = loop.callback(owner, step, float(schedule.ratios[step]), {"latents": latents})
                     if changed is not None and not isinstance(changed, Mapping):
@@ -285,8 +285,8 @@ class Runner:
                         )
                     if changed and "latents" in changed:
                         latents = as_array("the callback's latents", changed["latents"], latents.shape)
-                        # what goes on changes; an x0 that has been predicted stays what it was
-                        result = x0 if schedule.returns_x0 else latents
+                        if not schedule.returns_x0:  # an x0 that has been predicted stays what it was
+                            result = latents
         return result
 
 
