@@ -11,6 +11,7 @@ import importlib.resources
 import json
 import os
 import shlex
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -355,6 +356,8 @@ class Bundle:
             raise BundleError(f"{manifest} cannot be read: {error}") from error
         self.manifest = Manifest.from_json(text, str(manifest))
         self._checked: set[str] = set()
+        # two threads that load engines of one stage want the same weights, which need not be read twice
+        self._checking = {name: threading.Lock() for name in self.manifest.files}
 
     @property
     def name(self) -> str:
@@ -368,9 +371,13 @@ class Bundle:
             BundleError: it is missing, leads out of the bundle, or is not what the manifest says.
         """
         path = self.path / name
-        if name in self._checked:
-            return path
-        record = self.manifest.files[name]
+        with self._checking[name]:
+            if name not in self._checked:
+                self._check(path, self.manifest.files[name])
+                self._checked.add(name)
+        return path
+
+    def _check(self, path: Path, record: Mapping[str, Any]) -> None:
         try:
             if not path.resolve(strict=True).is_relative_to(self.path.resolve()):
                 raise BundleError(f"{path} is a link that leads out of the bundle; put the file itself there")
@@ -381,8 +388,6 @@ class Bundle:
             raise BundleError(f"{path} has {size} bytes, the manifest says {record['bytes']}; {self._rebuild()}")
         if sha256_of(path) != record["sha256"]:
             raise BundleError(f"{path} is damaged: its hash is not the manifest's; {self._rebuild()}")
-        self._checked.add(name)
-        return path
 
     def engine(self, name: str, runtime: str | None = None, sm: int | None = None) -> EngineRecord:
         """The record of an engine.

@@ -9,7 +9,7 @@ import numpy as np
 from .errors import EngineError, RequestError
 from .image import crop_center, resize_bilinear, to_pil
 from .noise import make_noise
-from .outputs import Array, CascadeOutput
+from .outputs import Array, CascadeOutput, add_timings
 from .request import OUTPUT_TYPES, as_array, check_batch, check_choice, check_count, round_up
 from .runner import Callback, Embeddings, Loop, Prompt, Prompts, Runner, host, with_negative
 from .sampling import SamplerName
@@ -79,9 +79,12 @@ class DecoderPipeline:
             raise RequestError(f"{wanted} image embeddings cannot be shared out to {given} prompts")
         _, guidance = runner.schedule("stage_b", loop, runner.preset(sampler).decoder)
         check_batch(wanted * count, guidance.on, runner.engines.spec("stage_b.step").ranges["batch"].max)
-        with runner.engines.together(*decoder_engines(output_type)):
+        timings: dict[str, float] = {}
+        with runner.timed(timings, "text_encoder"):
             texts = runner.texts(prompts, count * (wanted // given), guidance.on)
-            return self.run(np.repeat(image_embeddings, count, axis=0), texts, loop, output_type)
+        with runner.engines.together(*decoder_engines(output_type)):
+            out = self.run(np.repeat(image_embeddings, count, axis=0), texts, loop, output_type)
+        return CascadeOutput(out.images, add_timings(timings, out.timings))
 
     def run(
         self,

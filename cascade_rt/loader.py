@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from numpy.typing import NDArray
@@ -16,9 +17,14 @@ from .errors import EngineError
 from .request import check_count
 from .stages import EngineSpec
 
+_CLOSED = "this pipeline was closed; open it again with CascadePipeline.from_pretrained"
+
 
 class EngineLoader:
-    """Loads engines when they are asked for, and keeps them; in low-memory mode, keeps none."""
+    """Loads engines when they are asked for, and keeps them; in low-memory mode, keeps none.
+
+    It serves one request at a time.
+    """
 
     def __init__(self, bundle: Bundle, provider: str, low_memory: bool, threads: int | None) -> None:
         """Load nothing yet. Arguments and errors as in `CascadePipeline`."""
@@ -56,14 +62,14 @@ class EngineLoader:
             EngineError: it cannot be loaded, or everything was closed.
         """
         if self._closed:
-            raise EngineError("this pipeline was closed; open it again with CascadePipeline.from_pretrained")
+            raise EngineError(_CLOSED)
         if name not in self._engines:
             self._load([name, *self._together])
         try:
             yield self._engines[name]
         finally:
-            if self._low_memory:
-                self._engines.pop(name).close()
+            if self._low_memory and (engine := self._engines.pop(name, None)) is not None:
+                engine.close()  # a callback may have closed everything
 
     def call(self, name: str, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Value]:
         """Run an engine that is called once a picture."""
@@ -72,7 +78,7 @@ class EngineLoader:
 
     @contextmanager
     def together(self, *names: str) -> Iterator[None]:
-        """Within, the first engine that is asked for brings all of ``names`` with it, loaded two at a time.
+        """Within, the first engine that must be loaded brings all of ``names`` with it, two at a time.
 
         One thread reads and optimises a graph, whatever the number of cores. More than two at once would save little
         more, and hold more of what is only needed while loading. Engines come singly in low-memory mode, and on a GPU:
@@ -87,22 +93,53 @@ class EngineLoader:
 
     def close(self) -> None:
         """Give back every engine. Closing twice is fine."""
-        for engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
         self._closed = True
+        while self._engines:
+            self._engines.popitem()[1].close()
 
     def _load(self, names: Iterable[str]) -> None:
-        """Load those of ``names`` that are not."""
+        """Load those of ``names`` that are not. What was loaded stays, also if another one fails."""
         started = time.perf_counter()
-        missing = [name for name in dict.fromkeys(names) if name not in self._engines]
-        pool = ThreadPoolExecutor(2, "cascade-loader")
+        waiting = deque(name for name in dict.fromkeys(names) if name not in self._engines)
         try:
-            for name, engine in zip(missing, pool.map(self._open, missing), strict=True):
-                self._engines[name] = engine
-        finally:  # of an error or Ctrl-C: what has not begun is not begun
-            pool.shutdown(cancel_futures=True)
+            if len(waiting) == 1:  # a GPU's engine is made by the thread that will run it
+                self._open(waiting)
+            else:
+                self._open_in_pairs(waiting)
+        finally:
             self.seconds += time.perf_counter() - started
 
-    def _open(self, name: str) -> Engine:
-        return open_engine(self.bundle, name, self.provider, self._threads)
+    def _open_in_pairs(self, waiting: deque[str]) -> None:
+        errors: list[BaseException] = []
+
+        def help_out() -> None:
+            try:
+                self._open(waiting)
+            except BaseException as error:
+                waiting.clear()
+                errors.append(error)
+
+        helper = threading.Thread(target=help_out, name="cascade-loader")
+        with suppress(RuntimeError):  # Python starts no thread any more while it exits; everything is loaded here then
+            helper.start()
+        try:
+            self._open(waiting)
+        finally:  # of an error or Ctrl-C too: what has not begun is not begun
+            waiting.clear()
+            if helper.ident is not None:
+                helper.join()
+        if errors:
+            raise errors[0]
+
+    def _open(self, waiting: deque[str]) -> None:
+        """Load what waits, one after the other, until nothing does."""
+        while True:
+            try:
+                name = waiting.popleft()
+            except IndexError:  # another thread may have taken the last one
+                return
+            engine = open_engine(self.bundle, name, self.provider, self._threads)
+            if self._closed:  # by another thread, meanwhile
+                engine.close()
+                raise EngineError(_CLOSED)
+            self._engines[name] = engine

@@ -21,7 +21,7 @@ class PriorOutput:
         prompt_embeds_pooled: ``[B, 1, P]`` float32.
         negative_prompt_embeds: like ``prompt_embeds``, or None without guidance.
         negative_prompt_embeds_pooled: like ``prompt_embeds_pooled``, or None without guidance.
-        timings: seconds of each part; ``load``: in which engines were loaded, and the other parts stood still.
+        timings: seconds of each part; ``load`` is what loading engines took, and is in no other part.
     """
 
     image_embeddings: Array
@@ -39,8 +39,13 @@ class CascadeOutput:
     Attributes:
         images: list of PIL images; ``[B, H, W, 3]`` float32 in 0..1 for ``output_type="np"``; Stage B's latents
             ``[B, 4, H/4, W/4]`` float32 for ``"latent"``.
-        timings: seconds of each part; ``load``: in which engines were loaded, and the other parts stood still.
+        timings: seconds of each part; ``load`` is what loading engines took, and is in no other part.
     """
 
     images: list[Image.Image] | Array
     timings: dict[str, float] = field(default_factory=dict)
+
+
+def add_timings(first: dict[str, float], then: dict[str, float]) -> dict[str, float]:
+    """The timings of two parts that follow each other; both may have loaded engines."""
+    return {name: first.get(name, 0.0) + then.get(name, 0.0) for name in {**first, **then}}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle, find_bundle
 from .decoder import DecoderPipeline, decoder_engines
 from .noise import make_noise
-from .outputs import CascadeOutput
+from .outputs import CascadeOutput, add_timings
 from .prior import PriorPipeline
 from .request import OUTPUT_TYPES, check_choice
 from .runner import Callback, Loop, Prompt, Prompts, Runner
@@ -29,7 +29,9 @@ class CascadePipeline:
     """A cascade: text to picture, or its first or second half (`prior`, `decoder`)."""
 
     def __init__(self, bundle: Bundle, provider: str = "auto", low_memory: bool = False, threads: int | None = None):
-        """Prepare to run a bundle; engines are loaded when they are first needed.
+        """Prepare to run a bundle; engines are loaded with the first request that needs them.
+
+        A pipeline serves one thread at a time.
 
         Args:
             bundle: what to run.
@@ -193,5 +195,4 @@ class CascadePipeline:
             out = self.decoder.run(
                 prior.image_embeddings, texts, decoding, output_type, size=sizes.decoder, crop=sizes.picture
             )
-        load = prior.timings["load"] + out.timings["load"]
-        return CascadeOutput(out.images, {**prior.timings, **out.timings, "load": load})
+        return CascadeOutput(out.images, add_timings(prior.timings, out.timings))

@@ -93,16 +93,16 @@ class PriorPipeline:
         schedule, guidance = runner.schedule("stage_c", loop, preset.prior)
         batch = prompts.count() * check_count("num_images_per_prompt", images)
         check_batch(batch, guidance.on, step_spec.ranges["batch"].max)
-        timings: dict[str, float] = {}
-        with runner.timed(timings, "text_encoder"):
-            texts = runner.texts(prompts, images, guidance.on or negative_needed)
-        if texts.prompt is None:
+        if prompts.prompt is None and prompts.prompt_embeds is None:
             raise RequestError("the prior needs prompt_embeds beside prompt_embeds_pooled")
-        shape = (batch, int(step_spec.inputs[0].axes[1]), *sizes.prior)
-        latents = runner.latents(loop, shape)
+        latents = runner.latents(loop, (batch, int(step_spec.inputs[0].axes[1]), *sizes.prior))
         image_dim = int(next(t.axes[2] for t in context_spec.inputs if t.name == "clip_img"))
         images_given = np.zeros((1, 1, image_dim)) if image_embeds is None else image_embeds
         clip_img = np.repeat(as_array("image_embeds", images_given, (1, None, image_dim)), batch, axis=0)
+        timings: dict[str, float] = {}
+        with runner.timed(timings, "text_encoder"):
+            texts = runner.texts(prompts, images, guidance.on or negative_needed)
+        assert texts.prompt is not None
         conditions = {"clip_text": texts.prompt, "clip_text_pooled": texts.pooled, "clip_img": clip_img}
         if guidance.on:
             negatives = (texts.negative, texts.negative_pooled, np.zeros_like(clip_img))
