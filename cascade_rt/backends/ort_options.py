@@ -21,7 +21,7 @@ from ..stages import PRECISIONS, EngineSpec, Precision
 _NOTHING_ON_THE_CPU = {"session.disable_cpu_ep_fallback": "1"}
 # A session has threads of its own, which spin for more work after a call and, for some 40 ms, from when they are made.
 # A picture goes through six sessions in turn: spinning on, each takes its core from the next, from NumPy between the
-# steps, and from a session that is being opened. ONNX Runtime knows the duration since 1.26
+# steps, and from a session that is being opened. A version that does not know the duration ignores it
 _SHORT_SPINNING = {"session.force_spinning_stop": "1", "session.intra_op.spin_duration_us": "200"}
 # makes `InferenceSession.get_provider_graph_assignment_info` answer
 _SAY_WHO_TOOK_WHAT = {"session.record_ep_graph_assignment_info": "1"}

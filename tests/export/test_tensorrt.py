@@ -227,7 +227,7 @@ def test_shapes_that_do_not_fit_are_refused_before_the_build(bundle: Path, capsy
 
 
 def test_tensorrt_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with contextlib.suppress(EngineError):
+    with contextlib.suppress(EngineError):  # which is what `gpu_sm` raises where there is none, as is wanted here
         pytest.skip(f"this machine has a GPU of SM {gpu_sm()}")
     command = ["--stage", "a", "--checkpoint", "random:0", "--size", "tiny", "--target", "tensorrt"]
     assert main([*command, "--out", str(tmp_path / "bundle")]) == 1
