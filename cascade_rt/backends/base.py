@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineError
-from ..stages import EngineSpec, TensorSpec
+from ..stages import EngineSpec, TensorSpec, axis_of
 
 
 class DeviceTensor(Protocol):
@@ -31,6 +32,27 @@ Host: TypeAlias = NDArray[Any]
 Value: TypeAlias = "Host | DeviceTensor"
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine is opened.
+
+    Attributes:
+        threads: within an operator, providers of the CPU; None leaves it to the provider.
+        device_id: which GPU.
+        provider_options: settings of the provider in its own words, which override ours.
+        digest: of the engine's files: names what a provider keeps on disk between runs.
+    """
+
+    threads: int | None = None
+    device_id: int = 0
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
+
+
+class StaleEngineError(EngineError):
+    """A TensorRT engine file was built by another version, or for other GPUs; it must be built again."""
+
+
 class BoundEngine(Protocol):
     """An engine whose constant inputs are in place: what is called in every step."""
 
@@ -48,6 +70,22 @@ class Engine(Protocol):
         """Fix the inputs that do not change between calls."""
         ...
 
+    def join(self, tensors: Sequence[DeviceTensor]) -> DeviceTensor:
+        """Tensors one after the other along the first axis: the rows of several requests, or of several schedules.
+
+        Raises:
+            EngineError: their other sizes or dtypes differ, or the provider cannot do this.
+        """
+        ...
+
+    def rows(self, tensor: DeviceTensor, start: int, stop: int) -> DeviceTensor:
+        """Some of a tensor's rows.
+
+        Raises:
+            EngineError: the provider cannot do this.
+        """
+        ...
+
     def close(self) -> None:
         """Give back its memory."""
         ...
@@ -59,8 +97,11 @@ class Engine(Protocol):
     ) -> None: ...
 
 
-def check_feeds(spec: EngineSpec, feeds: Mapping[str, Value]) -> None:
+def check_feeds(spec: EngineSpec, feeds: Mapping[str, Value]) -> dict[str, int]:
     """Refuse a call unless names, dtypes, ranks and sizes are exactly what the engine declares.
+
+    Returns:
+        The size of every named axis, from which the shapes of the outputs follow.
 
     Raises:
         EngineError: with the tensor, what it is and what it must be.
@@ -72,13 +113,38 @@ def check_feeds(spec: EngineSpec, feeds: Mapping[str, Value]) -> None:
         raise EngineError(f"{spec.name} has no input {', '.join(unknown)}; it takes {', '.join(expected)}")
     sizes: dict[str, int] = {}
     for name, tensor in expected.items():
-        _check_tensor(spec, tensor, feeds[name], sizes)
+        _check_input(spec, tensor, feeds[name], sizes)
+    for name, tensor in expected.items():  # formulas of several names, which the other inputs have told by now
+        _check_shape(spec, tensor, tuple(feeds[name].shape), sizes)
+    return sizes
 
 
-def _check_tensor(spec: EngineSpec, tensor: TensorSpec, value: Value, sizes: dict[str, int]) -> None:
+def check_outputs(spec: EngineSpec, sizes: Mapping[str, int], outputs: Mapping[str, Value]) -> None:
+    """Refuse what an engine returned unless dtypes and shapes are what its formulas give for the inputs.
+
+    Args:
+        spec: of the engine.
+        sizes: from `check_feeds`.
+        outputs: by name.
+
+    Raises:
+        EngineError: with the tensor, what it is and what it must be.
+    """
+    for tensor in spec.outputs:
+        value = outputs[tensor.name]
+        if str(value.dtype) != tensor.dtype:
+            raise EngineError(f"{spec.name} returned {tensor.name} as {value.dtype}; it must be {tensor.dtype}")
+        _check_shape(spec, tensor, tuple(value.shape), sizes)
+
+
+def output_shapes(spec: EngineSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every output, from the sizes that `check_feeds` found in the inputs."""
+    return {tensor.name: tensor.shape(sizes) for tensor in spec.outputs}
+
+
+def _check_input(spec: EngineSpec, tensor: TensorSpec, value: Value, sizes: dict[str, int]) -> None:
     where = f"{spec.name}: {tensor.name}"
-    dtype = str(value.dtype)
-    if dtype != tensor.dtype:
+    if (dtype := str(value.dtype)) != tensor.dtype:
         raise EngineError(f"{where} has dtype {dtype}; it must be {tensor.dtype}")
     if isinstance(value, np.ndarray) and not value.flags.c_contiguous:
         raise EngineError(f"{where} is not C-contiguous; pass numpy.ascontiguousarray of it")
@@ -89,7 +155,21 @@ def _check_tensor(spec: EngineSpec, tensor: TensorSpec, value: Value, sizes: dic
             if size != axis:
                 raise EngineError(f"{where} has shape {tuple(value.shape)}; its axes are {list(tensor.axes)}")
             continue
-        if not spec.ranges[axis].accepts(size):
-            raise EngineError(f"{where} has {axis} {size}; this engine takes {spec.ranges[axis]}")
-        if sizes.setdefault(axis, size) != size:
-            raise EngineError(f"{where} has {axis} {size}, another input has {sizes[axis]}")
+        formula = axis_of(axis)
+        if len(formula.terms) != 1:
+            continue
+        (name,) = formula.names
+        found = formula.solve(size)
+        if found is None or not spec.ranges[name].accepts(found):
+            of = "" if axis == name else f", where {axis} is {size}"
+            raise EngineError(f"{where} has {name} {found}{of}; this engine takes {spec.ranges[name]}")
+        if sizes.setdefault(name, found) != found:
+            raise EngineError(f"{where} has {name} {found}, another input has {sizes[name]}")
+
+
+def _check_shape(spec: EngineSpec, tensor: TensorSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> None:
+    wanted = tensor.shape(sizes)
+    if shape != wanted:
+        raise EngineError(
+            f"{spec.name}: {tensor.name} has shape {shape}; its axes are {list(tensor.axes)}, which is {wanted} here"
+        )
