@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cascade_rt.errors import ExportError
-from cascade_rt.stages import EngineSpec, Precision
+from cascade_rt.stages import Axis, AxisRange, EngineSpec, Precision, axis_of
 
 from .graphs import CALLS, Feeds
 from .models import Denoiser, StreamScales, build_model
@@ -35,11 +35,6 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "int64": torch.int64,
     "uint8": torch.uint8,
 }
-WEIGHT_DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# 20 is the first opset with Gelu; 22 the first whose convolutions are defined for bfloat16
-OPSET: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
-# example sizes of dynamic axes in units of their grid: all different, none 0 or 1, so that torch specialises nothing
-_EXAMPLE = {"batch": 2, "steps": 3, "tokens": 7, "images": 4, "condition_tokens": 11, "height": 5, "width": 6}
 _PREFIX = "model."
 
 
@@ -49,7 +44,6 @@ class Traced:
 
     model: ir.Model
     weights: tuple[str, ...]
-    opset: int
 
 
 class _Graph(nn.Module):
@@ -70,14 +64,14 @@ def trace(spec: EngineSpec, config: dict[str, Any], precision: Precision, scales
     Args:
         spec: resolved row of the table.
         config: of the model.
-        precision: of weights and wide activations.
+        precision: compute dtype and opset.
         scales: what a denoiser's residual stream is kept divided by; None: nothing.
 
     Raises:
         ExportError: the graph does not come out as the table says.
     """
     with _quiet(), FakeTensorMode():
-        module = _build(spec.model, config, WEIGHT_DTYPE[precision])
+        module = _build(spec.model, config, TORCH_DTYPE[precision.compute])
         if scales is not None:
             assert isinstance(module, Denoiser)
             module.stream_scales = scales
@@ -89,7 +83,7 @@ def trace(spec: EngineSpec, config: dict[str, Any], precision: Precision, scales
             dynamo=True,
             # torch's own optimisation reads weights, and renames and transposes those of every Linear
             optimize=False,
-            opset_version=OPSET[precision],
+            opset_version=precision.opset,
             dynamic_shapes={"inputs": shapes},
             input_names=[t.name for t in spec.inputs],
             output_names=[t.name for t in spec.outputs],
@@ -113,8 +107,8 @@ def trace(spec: EngineSpec, config: dict[str, Any], precision: Precision, scales
     for name in [n for n, v in graph.initializers.items() if not v.uses()]:
         del graph.initializers[name]
     _check_and_name(spec, graph)
-    program.model.doc_string = f"cascade-rt {spec.name} ({precision})"
-    return Traced(program.model, weights, OPSET[precision])
+    program.model.doc_string = f"cascade-rt {spec.name} ({precision.name})"
+    return Traced(program.model, weights)
 
 
 def _build(component: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -153,25 +147,44 @@ def save(traced: Traced, path: Path, weights: str, places: Mapping[str, tuple[in
 
 
 def _examples(spec: EngineSpec) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
-    """Example inputs and torch's dynamic shapes for them."""
-    units: dict[str, Any] = {}
+    """Example inputs and torch's dynamic shapes for them.
 
-    def axis(name: str) -> tuple[int, Any]:
-        limits = spec.ranges[name]
-        # height and grid_height move together: both are multiples of one unit
-        unit = name.removeprefix("grid_")
-        if unit not in units:
-            units[unit] = torch.export.Dim(unit, min=max(1, limits.min // limits.multiple), max=limits.max)
-        size = _EXAMPLE[unit] * limits.multiple
-        return size, limits.multiple * units[unit] if limits.multiple > 1 else units[unit]
-
+    A named size is a multiple of a unit, so ``height`` and ``height/2`` are both whole multiples of the same unit, which
+    is what torch can derive one axis from another by. Example sizes in units all differ and none is 0 or 1, so that
+    torch takes none for a constant.
+    """
+    names = dict.fromkeys(name for tensor in spec.inputs for name in tensor.free_names)
+    units = {name: (2 + index, _unit(name, spec.ranges[name])) for index, name in enumerate(names)}
     examples: dict[str, Tensor] = {}
     shapes: dict[str, dict[int, Any]] = {}
     for tensor in spec.inputs:
-        sizes = [axis(a)[0] if isinstance(a, str) else a for a in tensor.axes]
-        shapes[tensor.name] = {i: axis(a)[1] for i, a in enumerate(tensor.axes) if isinstance(a, str)}
-        examples[tensor.name] = torch.zeros(sizes, dtype=TORCH_DTYPE[tensor.dtype])
+        sizes = [(a, None) if isinstance(a, int) else _axis(spec, axis_of(a), units) for a in tensor.axes]
+        shapes[tensor.name] = {i: dim for i, (_, dim) in enumerate(sizes) if dim is not None}
+        examples[tensor.name] = torch.zeros([size for size, _ in sizes], dtype=TORCH_DTYPE[tensor.dtype])
     return examples, shapes
+
+
+def _unit(name: str, limits: AxisRange) -> Any:
+    """torch's dimension that a named size is a multiple of."""
+    return torch.export.Dim(f"{name}_unit", min=max(1, limits.min // limits.multiple), max=limits.max)
+
+
+def _axis(spec: EngineSpec, axis: Axis, units: Mapping[str, tuple[int, Any]]) -> tuple[int, Any]:
+    """The example size of an input's axis, and torch's dimension.
+
+    Raises:
+        ExportError: the formula has several names, or a size that is no whole multiple of the unit.
+    """
+    (times, name), *others = axis.terms
+    per_unit = times * spec.ranges[name].multiple
+    if others or per_unit % axis.over or axis.plus % axis.over:
+        raise ExportError(
+            f"{spec.name}: an input's axis must be a whole multiple of one named size plus a number; this one is {axis}"
+        )
+    size, unit = units[name]
+    per_unit, plus = per_unit // axis.over, axis.plus // axis.over
+    dim = unit if per_unit == 1 else per_unit * unit
+    return per_unit * size + plus, dim + plus if plus else dim
 
 
 def _simplify(model: ir.Model) -> None:

@@ -133,7 +133,7 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        # a square root has no slope at nought, where a channel that is silent everywhere would end a training
+        # the gradient of a square root is infinite at 0, which a channel that is 0 everywhere would bring into training
         response = (wide * wide).sum(dim=(1, 2), keepdim=True).clamp_min(_LEAST_SQUARES).sqrt()
         response = response / (response.mean(dim=-1, keepdim=True) + GRN_EPS)
         # the stream's factor is taken here, where it costs nothing: the Linear behind this then adds small numbers
@@ -218,7 +218,7 @@ class TimestepBlock(nn.Module):
         self.stream_scale = scale
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Apply the two halves of a `modulation`, ``[rows, 1, 1, channels]`` (rows: 1 or the batch), to ``x``."""
+        """Apply the two halves of a `modulation`, ``[B, 1, 1, channels]``, to ``x`` ``[B, H, W, channels]``."""
         return x * scale + shift
 
 
@@ -246,21 +246,21 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(inner, channels)])
 
     def condition_kv(self, condition: Tensor) -> Tensor:
-        """Keys and values of the condition tokens: ``[B, T, channels]`` -> ``[2, B, T, inner]``."""
-        return torch.stack([self.to_k(condition), self.to_v(condition)])
+        """Keys and values of the condition tokens: ``[B, T, channels]`` -> ``[B, 2, T, inner]``."""
+        return torch.stack([self.to_k(condition), self.to_v(condition)], dim=1)
 
-    def forward(self, x: Tensor, condition_kv: Tensor, self_attention: bool) -> Tensor:
+    def forward(self, x: Tensor, condition_kv: tuple[Tensor, Tensor], self_attention: bool) -> Tensor:
         """Attend.
 
         Args:
             x: normalised image tokens ``[B, N, channels]``.
-            condition_kv: ``[2, B, T, inner]`` from `condition_kv`.
+            condition_kv: keys and values of the condition tokens, each ``[B, T, inner]``.
             self_attention: whether image tokens are keys too.
 
         Returns:
             ``[B, N, channels]``.
         """
-        key, value = condition_kv.unbind(0)
+        key, value = condition_kv
         if self_attention:
             key = torch.cat([self.to_k(x), key], dim=1)
             value = torch.cat([self.to_v(x), value], dim=1)
@@ -291,11 +291,11 @@ class AttnBlock(nn.Module):
         self.kv_mapper = nn.Sequential(nn.SiLU(), Linear(condition_dim, channels))
 
     def condition_kv(self, condition: Tensor) -> Tensor:
-        """Condition tokens ``[B, T, condition_dim]`` -> their keys and values ``[2, B, T, inner]``."""
+        """Condition tokens ``[B, T, condition_dim]`` -> their keys and values ``[B, 2, T, inner]``."""
         return self.attention.condition_kv(self.kv_mapper(condition))
 
-    def forward(self, x: Tensor, condition_kv: Tensor) -> Tensor:
-        """``x`` ``[B, H, W, C]`` plus attention over itself and ``condition_kv`` ``[2, B, T, inner]``."""
+    def forward(self, x: Tensor, condition_kv: tuple[Tensor, Tensor]) -> Tensor:
+        """``x`` ``[B, H, W, C]`` plus attention over itself and the condition tokens' keys and values."""
         tokens = layer_norm(x, self.stream_scale).flatten(1, 2)
         out = self.attention(tokens, condition_kv, self.self_attention)
         y: Tensor = x + out.unflatten(1, x.shape[1:3])

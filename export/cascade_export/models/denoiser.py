@@ -34,7 +34,7 @@ class Context(NamedTuple):
 
     Attributes:
         modulation: ``[steps, M]``: scale and shift of every TimestepBlock for every timestep of the schedule.
-        kv: for each level with attention ``[blocks, 2, B, T, inner]``: keys and values of the condition tokens.
+        kv: for each level with attention ``[B, blocks, 2, T, inner]``: keys and values of the condition tokens.
         condition_map: ``[B, H, W, C]``, Stage B only: the effnet and pixel maps, added after the embedding.
     """
 
@@ -204,7 +204,7 @@ class Denoiser(nn.Module):
         """
         condition = self._condition_tokens(clip_text_pooled, clip_text, clip_img)
         kv = tuple(
-            torch.stack([block.condition_kv(condition) for block in blocks])
+            torch.stack([block.condition_kv(condition) for block in blocks], dim=1)
             for blocks in self._attention_blocks().values()
         )
         zero = _embedding_of_zero(timestep_embedding)
@@ -214,11 +214,11 @@ class Denoiser(nn.Module):
         return Context(modulation, kv, self._condition_map(effnet))
 
     def step(self, latents: Tensor, step: Tensor, context: Context) -> Tensor:
-        """One denoising step: the network's prediction for ``latents`` at row ``step`` of the modulation table.
+        """One denoising step: the network's prediction for ``latents``, each sample at its own row of the table.
 
         Args:
             latents: ``[B, C, H, W]`` float32; H and W multiples of ``config.granularity``.
-            step: ``[1]`` int64, row of ``context.modulation``.
+            step: ``[B]`` int64: for each sample the row of ``context.modulation``.
             context: from `context`.
 
         Returns:
@@ -266,11 +266,10 @@ class Denoiser(nn.Module):
         # one Split for all of them: a Split and two Slices each are a hundred small nodes
         halves = iter(modulation[:, None, None].split([b.channels for b in time_blocks for _ in range(2)], dim=-1))
         rows = dict(zip(time_blocks, zip(halves, halves, strict=True), strict=True))
-        kvs = {
-            block: kv
-            for blocks, level_kv in zip(attn_blocks.values(), context.kv, strict=True)
-            for block, kv in zip(blocks, level_kv.unbind(0), strict=True)
-        }
+        kvs: dict[AttnBlock, tuple[Tensor, Tensor]] = {}
+        for blocks, level_kv in zip(attn_blocks.values(), context.kv, strict=True):
+            parts = iter(level_kv.flatten(1, 2).unbind(1))  # one Split a level
+            kvs |= zip(blocks, zip(parts, parts, strict=True), strict=True)
 
         def run(x: Tensor, blocks: nn.Module, repeats: nn.Module, skip: Tensor | None = None) -> Tensor:
             assert isinstance(blocks, nn.ModuleList)
