@@ -9,14 +9,15 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import RequestError
-
 MAX_SEED = 2**64 - 1
+NoiseKind = Literal["torch-cpu", "torch-cuda"]
+"""Whose random numbers a seed stands for."""
 
 
 class Noise(Protocol):
@@ -27,23 +28,34 @@ class Noise(Protocol):
         ...
 
 
-def make_noise(kind: str, seed: int | None) -> Noise:
-    """Open a noise source.
+def make_noise(kind: NoiseKind, seed: int) -> Noise:
+    """Open the noise source of one seed, 0..2**64-1."""
+    return NOISE_KINDS[kind](seed)
 
-    Args:
-        kind: ``torch-cpu`` or ``torch-cuda``.
-        seed: 0..2**64-1; None takes one from the operating system.
 
-    Raises:
-        RequestError: an unknown kind, or a seed that is no integer or out of range.
+class PictureNoise:
+    """The noise of several pictures: each from its own seed, or all from one stream.
+
+    Matches: diffusers' ``randn_tensor`` with a list of generators, or with one.
     """
-    if seed is None:
-        seed = int(np.random.SeedSequence().generate_state(1)[0])
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= int(seed) <= MAX_SEED:
-        raise RequestError(f"seed {seed!r} is not accepted; it must be an integer from 0 to 2**64 - 1")
-    if not isinstance(kind, str) or kind not in NOISE_KINDS:
-        raise RequestError(f"noise {kind!r} is not known; accepted: {', '.join(NOISE_KINDS)}")
-    return NOISE_KINDS[kind](int(seed))
+
+    def __init__(self, kind: NoiseKind, seeds: Sequence[int], pictures: int) -> None:
+        """Open a source for every seed.
+
+        Args:
+            kind: whose random numbers a seed stands for.
+            seeds: one, from which all pictures are drawn together, or one for every picture.
+            pictures: how many there are.
+        """
+        if len(seeds) not in (1, pictures):
+            raise ValueError(f"{len(seeds)} seeds for {pictures} pictures")
+        self._sources = [make_noise(kind, seed) for seed in seeds]
+
+    def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Standard normal numbers ``[B, ...]``, float32."""
+        if len(self._sources) == 1:
+            return self._sources[0].normal(shape)
+        return np.concatenate([source.normal((1, *shape[1:])) for source in self._sources])
 
 
 class TorchCPU:
@@ -144,4 +156,4 @@ def _curand_normal4(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
     return np.stack([radius * np.sin(v), radius * np.cos(v)], axis=1).reshape(4, -1)
 
 
-NOISE_KINDS: dict[str, type[TorchCPU] | type[TorchCUDA]] = {"torch-cpu": TorchCPU, "torch-cuda": TorchCUDA}
+NOISE_KINDS: dict[NoiseKind, type[TorchCPU] | type[TorchCUDA]] = {"torch-cpu": TorchCPU, "torch-cuda": TorchCUDA}

@@ -1,40 +1,230 @@
-"""What a caller may ask for: prompts, sizes, scales. Each check names the value and what is accepted."""
+"""What one call asks for, as plain data: validated once, to JSON and back, defaults in one place.
+
+`Request` is what the command, the service, C++ and a picture's own text speak. None stands for "as the bundle says";
+`plan.plan` puts the bundle's numbers in. Arrays that a Python caller gives instead of a prompt or a seed are beside it,
+in `Tensors`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import ModelFacts
-from .errors import RequestError
-from .sampling import SamplerName
+from .errors import RequestError, plain, refused, shortened, shown
+from .noise import MAX_SEED, NoiseKind
+from .sampling import MAX_STEPS, SamplerName
+from .schema import parse_json
 
 Array = NDArray[np.float32]
+Prompt = str | Sequence[str]
+OutputType = Literal["pil", "np", "latent"]
 
 MIN_PIXELS = 64
 MAX_PIXELS = 4096
 MAX_GUIDANCE = 1000
-OUTPUT_TYPES = ("pil", "np", "latent")
+MAX_PICTURES = 1024
+MAX_PROMPT_CHARACTERS = 100_000
+MAX_TENSOR_VALUE = 1e6
+"""Latents and embeddings have about unit size; a larger value is a mistake that would end in NaN."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of one picture at every stage, each (height, width).
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How one stage is sampled; None means as the bundle says.
 
     Attributes:
-        prior: Stage C's latents.
-        decoder: Stage B's latents.
-        picture: what is returned: the decoded picture, cropped to the request.
+        num_inference_steps: network calls, 1..1000.
+        guidance_scale: classifier-free guidance, one number or one for every picture; up to 1 is none.
     """
 
-    prior: tuple[int, int]
-    decoder: tuple[int, int]
-    picture: tuple[int, int]
+    num_inference_steps: int | None = None
+    guidance_scale: float | tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that one call asks for. Plain data; every field is checked when it is made.
+
+    Attributes:
+        prompt: what to draw, one text or several; None where embeddings are given in `Tensors`.
+        negative_prompt: what to draw away from where guidance is on, one text or one for every prompt; None is "".
+        height: pixels, 64..4096; None is the bundle's.
+        width: likewise.
+        num_images_per_prompt: pictures for every prompt; None: as many as there are seeds, or 1.
+        seeds: each 0..2**64-1. One for every picture: each picture draws from its own. A single one for several
+            pictures: all draw from one stream, as one torch generator does. None: new ones.
+        noise: whose random numbers a seed stands for.
+        sampler: ``original`` or ``diffusers``; None is the bundle's.
+        prior: Stage C's loop.
+        decoder: Stage B's loop.
+        output_type: ``pil``, ``np`` or ``latent``.
+
+    Raises:
+        RequestError: a value that is not accepted, with its field.
+    """
+
+    prompt: str | tuple[str, ...] | None = None
+    negative_prompt: str | tuple[str, ...] | None = None
+    height: int | None = None
+    width: int | None = None
+    num_images_per_prompt: int | None = None
+    seeds: tuple[int, ...] | None = None
+    noise: NoiseKind = "torch-cpu"
+    sampler: SamplerName | None = None
+    prior: LoopSettings = field(default_factory=LoopSettings)
+    decoder: LoopSettings = field(default_factory=LoopSettings)
+    output_type: OutputType = "pil"
+
+    def __post_init__(self) -> None:
+        """Check every field, and bring sequences and NumPy's numbers into their plain form."""
+        put = {
+            "prompt": _texts_or_none("prompt", self.prompt),
+            "negative_prompt": _texts_or_none("negative_prompt", self.negative_prompt),
+            "height": optional(check_pixels, "height", self.height),
+            "width": optional(check_pixels, "width", self.width),
+            "num_images_per_prompt": optional(check_pictures, "num_images_per_prompt", self.num_images_per_prompt),
+            "seeds": None if self.seeds is None else check_seeds("seeds", self.seeds),
+            "noise": check_choice("noise", self.noise, get_args(NoiseKind)),
+            "sampler": None if self.sampler is None else check_choice("sampler", self.sampler, get_args(SamplerName)),
+            "prior": _loop_settings("prior", self.prior),
+            "decoder": _loop_settings("decoder", self.decoder),
+            "output_type": check_choice("output_type", self.output_type, get_args(OutputType)),
+        }
+        for name, value in put.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def prompts(self) -> tuple[str, ...] | None:
+        """The prompts as a tuple; None where embeddings stand for them."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def negative_prompts(self) -> tuple[str, ...] | None:
+        """The negative prompts as a tuple."""
+        return (self.negative_prompt,) if isinstance(self.negative_prompt, str) else self.negative_prompt
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """As JSON text; `from_json` reads it."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Request:
+        """From plain values; absent fields have their defaults.
+
+        Raises:
+            RequestError: an unknown field, or a value that is not accepted.
+        """
+        if not isinstance(values, Mapping):
+            raise refused("the request", values, "an object of fields")
+        known = {f.name for f in fields(cls)}
+        if unknown := [name for name in values if name not in known]:
+            raise RequestError(
+                f"a request has no field {shown(unknown[0])}; it has {', '.join(sorted(known))}", field=str(unknown[0])
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Request:
+        """From `to_json`'s text.
+
+        Raises:
+            RequestError: it is no JSON, has an unknown field, or a value that is not accepted.
+        """
+        return cls.from_dict(parse_json(text, "the request", RequestError))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """Arrays that a caller gives instead of what the cascade would compute; None where not given.
+
+    `check_tensors` makes them float32 and finite.
+
+    Attributes:
+        prompt_embeds: ``[N, L, E]``, instead of the prompt, with ``prompt_embeds_pooled``.
+        prompt_embeds_pooled: ``[N, 1, P]``.
+        negative_prompt_embeds: ``[N, L, E]``, instead of the negative prompt, with its pooled partner.
+        negative_prompt_embeds_pooled: ``[N, 1, P]``.
+        image_embeds: ``[1, n, I]``, CLIP image embeddings that every picture shall vary.
+        latents: ``[B, 16, h, w]``, initial Stage C noise instead of the seeds'.
+        image_embeddings: ``[N, 16, h, w]``, Stage C's result, for the decoder alone.
+        decoder_latents: ``[B, 4, H/4, W/4]``, initial Stage B noise instead of the seeds'.
+    """
+
+    prompt_embeds: Any = None
+    prompt_embeds_pooled: Any = None
+    negative_prompt_embeds: Any = None
+    negative_prompt_embeds_pooled: Any = None
+    image_embeds: Any = None
+    latents: Any = None
+    image_embeddings: Any = None
+    decoder_latents: Any = None
+
+
+_RANKS = {
+    "prompt_embeds": 3,
+    "prompt_embeds_pooled": 3,
+    "negative_prompt_embeds": 3,
+    "negative_prompt_embeds_pooled": 3,
+    "image_embeds": 3,
+    "latents": 4,
+    "image_embeddings": 4,
+    "decoder_latents": 4,
+}
+
+
+def check_tensors(given: Tensors) -> Tensors:
+    """The same arrays as C-contiguous float32.
+
+    Raises:
+        RequestError: one is no array of finite numbers of its rank, or two that go together are not both given.
+    """
+    for first, second in (
+        ("prompt_embeds", "prompt_embeds_pooled"),
+        ("negative_prompt_embeds", "negative_prompt_embeds_pooled"),
+    ):
+        if getattr(given, first) is not None and getattr(given, second) is None:
+            raise RequestError(f"{first} is given without {second}; they go together", field=second)
+    if given.negative_prompt_embeds_pooled is not None and given.negative_prompt_embeds is None:
+        raise RequestError(
+            "negative_prompt_embeds and negative_prompt_embeds_pooled go together", field="negative_prompt_embeds"
+        )
+    made = {}
+    for name, rank in _RANKS.items():
+        value = getattr(given, name)
+        if name == "image_embeddings" and isinstance(value, list) and value:
+            parts = [as_array(f"image_embeddings[{i}]", part, (None,) * 4) for i, part in enumerate(value)]
+            if len({part.shape[1:] for part in parts}) > 1:
+                raise refused(name, [part.shape for part in parts], "arrays of one shape beside the first axis")
+            value = np.concatenate(parts)
+        if value is not None:
+            made[name] = as_array(name, value, (None,) * rank)
+    return replace(given, **made)
+
+
+def optional(check: Any, name: str, value: Any) -> Any:
+    """``check(name, value)``, or None for None."""
+    return None if value is None else check(name, value)
+
+
+def check_integer(name: str, value: Any, least: int, most: int) -> int:
+    """An integer within bounds.
+
+    Raises:
+        RequestError: no integer, or outside.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or not least <= value <= most:
+        upper = "2**64 - 1" if most == MAX_SEED else most
+        raise refused(name, value, f"an integer from {least} to {upper}")
+    return int(value)
 
 
 def check_pixels(name: str, size: Any) -> int:
@@ -43,108 +233,51 @@ def check_pixels(name: str, size: Any) -> int:
     Raises:
         RequestError: no integer, or outside 64..4096.
     """
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or not MIN_PIXELS <= size <= MAX_PIXELS:
-        raise RequestError(f"{name} {size!r} is not accepted; it must be an integer from {MIN_PIXELS} to {MAX_PIXELS}")
-    return int(size)
+    return check_integer(name, size, MIN_PIXELS, MAX_PIXELS)
 
 
-def plan_sizes(facts: ModelFacts, grids: tuple[int, int], sampler: SamplerName, height: Any, width: Any) -> Sizes:
-    """Sizes of all stages for a requested picture.
-
-    Stage C's latents are the request over ``resolution_multiple``, rounded up, as in both sources. Stage B's must
-    divide evenly through its levels. diffusers takes their size from Stage C's and lets levels of odd size be
-    resampled, where it does not fail; the ``diffusers`` sampler here follows it where they divide evenly. Otherwise
-    the size comes from the pixels, as in the authors' code, rounded up, and the picture is cropped.
-
-    Args:
-        facts: compressions of the cascade.
-        grids: what height and width of Stage C's and of Stage B's latents must be multiples of.
-        sampler: whose sizes to follow.
-        height: requested pixels.
-        width: requested pixels.
+def check_pictures(name: str, count: Any) -> int:
+    """A number of pictures.
 
     Raises:
-        RequestError: a size that is not accepted.
+        RequestError: no integer, or outside 1..1024.
     """
-    axes = [
-        _plan_axis(facts, grids, sampler, check_pixels(name, size))
-        for name, size in (("height", height), ("width", width))
-    ]
-    prior, decoder, picture = ((axes[0][i], axes[1][i]) for i in range(3))
-    return Sizes(prior, decoder, picture)
+    return check_integer(name, count, 1, MAX_PICTURES)
 
 
-def _plan_axis(facts: ModelFacts, grids: tuple[int, int], sampler: SamplerName, pixels: int) -> tuple[int, int, int]:
-    prior = round_up(math.ceil(pixels / facts.resolution_multiple), grids[0])
-    decoder = int(prior * facts.latent_dim_scale)
-    agree = abs(facts.latent_dim_scale * facts.compression / facts.resolution_multiple - 1) < 0.02
-    if not agree:  # a decoder with a scale of its own: what it makes of the prior's latents is the picture
-        return prior, round_up(decoder, grids[1]), decoder * facts.compression
-    if sampler != "diffusers" or decoder % grids[1]:
-        decoder = round_up(math.ceil(pixels / facts.compression), grids[1])
-    return prior, decoder, min(pixels, decoder * facts.compression)
-
-
-def round_up(size: int, multiple: int) -> int:
-    """The smallest multiple that is not below ``size``."""
-    return -(-size // multiple) * multiple
-
-
-def as_prompts(name: str, prompt: Any) -> list[str]:
-    """One prompt or a list of them, as a list.
+def check_seeds(name: str, seeds: Any) -> tuple[int, ...]:
+    """One seed or several.
 
     Raises:
-        RequestError: neither a string nor a non-empty list of strings.
+        RequestError: none, or one that is no integer or out of range.
     """
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    if isinstance(prompt, Sequence) and prompt and all(isinstance(p, str) for p in prompt):
-        for text in prompt:
-            if any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise RequestError(f"{name} {text!r} is no Unicode text (it has bytes that are not UTF-8)")
-        return list(prompt)
-    if isinstance(prompt, Sequence) and prompt:
-        odd = next(p for p in prompt if not isinstance(p, str))
-        raise RequestError(f"{name} has an entry of type {type(odd).__name__} ({odd!r}); every entry must be a string")
-    raise RequestError(f"{name} {prompt!r} is not accepted; it must be a string or a non-empty list of strings")
+    several = [seeds] if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool) else seeds
+    if not isinstance(several, list | tuple) or not several or len(several) > MAX_PICTURES:
+        raise refused(name, seeds, f"an integer from 0 to 2**64 - 1, or a list of 1 to {MAX_PICTURES} of them")
+    return tuple(check_integer(name, seed, 0, MAX_SEED) for seed in several)
+
+
+def check_number(name: str, value: Any, most: float, note: str = "") -> float:
+    """A finite real number of at most ``most``, in absolute value.
+
+    Raises:
+        RequestError: anything else.
+    """
+    accepted = f"a finite number from -{most:g} to {most:g}{note}"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise refused(name, value, accepted)
+    if not -most <= value <= most:  # also NaN, and integers that no float holds
+        raise refused(name, value, accepted)
+    return float(value)
 
 
 def check_scale(name: str, scale: Any) -> float:
     """A guidance scale.
 
     Raises:
-        RequestError: no finite number.
+        RequestError: no finite number, or beyond 1000.
     """
-    number = isinstance(scale, int | float | np.number) and not isinstance(scale, bool)
-    if not number or not math.isfinite(scale) or abs(scale) > MAX_GUIDANCE:
-        raise RequestError(
-            f"{name} {scale!r} is not accepted; it must be a finite number up to {MAX_GUIDANCE} "
-            "(up to 1 means no guidance)"
-        )
-    return float(scale)
-
-
-def check_count(name: str, count: Any) -> int:
-    """A number of pictures.
-
-    Raises:
-        RequestError: no positive integer.
-    """
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-        raise RequestError(f"{name} {count!r} is not accepted; it must be a positive integer")
-    return int(count)
-
-
-def check_batch(pictures: int, guided: bool, most: int) -> None:
-    """Whether engines take so many pictures at once.
-
-    Raises:
-        RequestError: they do not.
-    """
-    rows = pictures * (2 if guided else 1)
-    if rows > most:
-        twice = f", {rows} rows with guidance," if guided else ""
-        raise RequestError(f"{pictures} pictures at once{twice} are not accepted; these engines take up to {most} rows")
+    return check_number(name, scale, MAX_GUIDANCE, " (up to 1 means no guidance)")
 
 
 def check_choice(name: str, value: Any, accepted: Sequence[str]) -> str:
@@ -154,24 +287,154 @@ def check_choice(name: str, value: Any, accepted: Sequence[str]) -> str:
         RequestError: another word.
     """
     if not isinstance(value, str) or value not in accepted:
-        raise RequestError(f"{name} {value!r} is not known; accepted: {', '.join(accepted)}")
+        words = ", ".join(accepted)
+        raise RequestError(
+            f"{name} {shown(value)} is not known; accepted: {words}", field=name, value=value, accepted=words
+        )
     return value
 
 
-def as_array(name: str, value: Any, shape: tuple[int | None, ...]) -> Array:
-    """A caller's tensor as float32, of exactly ``shape`` (None: any size) and finite.
+def as_prompts(name: str, prompt: Any) -> tuple[str, ...]:
+    """One prompt or several.
 
     Raises:
-        RequestError: another shape, no numbers, or NaN or infinity among them.
+        RequestError: neither a string nor a non-empty list of strings, or text that is not Unicode, or too long.
+    """
+    if isinstance(prompt, str):
+        prompt = (prompt,)
+    if not isinstance(prompt, list | tuple) or not 1 <= len(prompt) <= MAX_PICTURES:
+        raise refused(name, prompt, f"a string or a list of 1 to {MAX_PICTURES} strings")
+    for text in prompt:
+        if not isinstance(text, str):
+            raise RequestError(
+                f"{name} has an entry of type {type(text).__name__} ({shown(text)}); every entry must be a string",
+                field=name,
+                value=text,
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            quoted = shortened(plain(text))
+            raise RequestError(f"{name} '{quoted}' is no Unicode text (it has bytes that are not UTF-8)", field=name)
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise RequestError(
+                f"{name} {shown(text)} has {len(text)} characters; up to {MAX_PROMPT_CHARACTERS} are accepted",
+                field=name,
+            )
+    return tuple(prompt)
+
+
+def as_array(name: str, value: Any, shape: tuple[int | None, ...]) -> Array:
+    """A caller's tensor as C-contiguous float32 of exactly ``shape`` (None: any size).
+
+    Raises:
+        RequestError: another shape, no real numbers, or one that is NaN, infinite or beyond 1e6.
     """
     try:
-        array = np.ascontiguousarray(value, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{name} of type {type(value).__name__} is no array of numbers: {error}") from error
-    fits = len(array.shape) == len(shape) and all(s is None or s == a for s, a in zip(shape, array.shape, strict=True))
-    if not fits:
+        found = np.asarray(value)
+    except Exception as error:  # a caller's own class may raise anything; torch raises TypeError and RuntimeError
+        kind = type(value).__name__
+        raise RequestError(
+            f"{name} of type {kind} is no array of numbers: {shortened(plain(str(error)))}", field=name
+        ) from None
+    if found.dtype.kind not in "fiu":
+        raise RequestError(
+            f"{name} of type {type(value).__name__} holds {plain(str(found.dtype))}; it must hold real numbers",
+            field=name,
+        )
+    fits = found.ndim == len(shape) and all(s is None or s == a for s, a in zip(shape, found.shape, strict=True))
+    if not fits or 0 in found.shape:
         wanted = tuple("any" if s is None else s for s in shape)
-        raise RequestError(f"{name} has shape {array.shape}; it must be {wanted}")
-    if not np.isfinite(array).all():
-        raise RequestError(f"{name} holds NaN or infinity")
-    return array
+        raise RequestError(f"{name} has shape {found.shape}; it must be {wanted}", field=name, value=found.shape)
+    if not np.isfinite(found).all():
+        raise RequestError(f"{name} holds NaN or infinity", field=name)
+    if (largest := float(np.abs(found.astype(np.float64)).max())) > MAX_TENSOR_VALUE:
+        raise RequestError(f"{name} holds {largest:g}; values up to {MAX_TENSOR_VALUE:g} are accepted", field=name)
+    return np.ascontiguousarray(found, dtype=np.float32)
+
+
+def _texts_or_none(name: str, prompt: Any) -> str | tuple[str, ...] | None:
+    if prompt is None:
+        return None
+    texts = as_prompts(name, prompt)
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def _loop_settings(name: str, settings: Any) -> LoopSettings:
+    if isinstance(settings, Mapping):
+        known = {f.name for f in fields(LoopSettings)}
+        if unknown := [key for key in settings if key not in known]:
+            raise RequestError(
+                f"{name} has no field {shown(unknown[0])}; it has {', '.join(sorted(known))}", field=name
+            )
+        settings = LoopSettings(**settings)
+    if not isinstance(settings, LoopSettings):
+        raise refused(name, settings, "an object with num_inference_steps and guidance_scale")
+    scale = settings.guidance_scale
+    if isinstance(scale, list | tuple):
+        if not 1 <= len(scale) <= MAX_PICTURES:
+            raise refused(f"{name}.guidance_scale", scale, f"a number, or a list of 1 to {MAX_PICTURES}")
+        scale = tuple(check_scale(f"{name}.guidance_scale", one) for one in scale)
+    elif scale is not None:
+        scale = check_scale(f"{name}.guidance_scale", scale)
+    steps = settings.num_inference_steps
+    if steps is not None:
+        steps = check_integer(f"{name}.num_inference_steps", steps, 1, MAX_STEPS)
+    return LoopSettings(num_inference_steps=steps, guidance_scale=scale)
+
+
+def new_seeds(count: int) -> tuple[int, ...]:
+    """Seeds of the operating system's choice, 0..2**32-1."""
+    return tuple(int(word) for word in np.random.SeedSequence().generate_state(count))
+
+
+def seeds_of_generator(generator: Any) -> tuple[tuple[int, ...], NoiseKind]:
+    """The seeds that diffusers' ``generator`` argument stands for, and whose noise they are.
+
+    Args:
+        generator: an integer, or a torch generator that has not drawn anything yet, or a list of these. Torch is not
+            imported: the generator's own methods are asked.
+
+    Raises:
+        RequestError: it is none of these, or generators of two devices, or one that has drawn numbers already.
+    """
+    several = list(generator) if isinstance(generator, list | tuple) else [generator]
+    seeds, kinds = [], []
+    for one in several:
+        if isinstance(one, int | np.integer) and not isinstance(one, bool):
+            seeds.append(check_integer("generator", one, 0, MAX_SEED))
+            kinds.append("cpu")
+            continue
+        try:
+            seed, device, state = int(one.initial_seed()), str(one.device.type), bytes(one.get_state().tolist())
+        except (AttributeError, TypeError, ValueError):
+            raise refused("generator", one, "an integer, a torch.Generator, or a list of these") from None
+        if _has_drawn(state, device):
+            raise RequestError(
+                "generator has drawn numbers already, and only its seed can be taken; pass a fresh one: "
+                f"torch.Generator({device!r}).manual_seed({seed})",
+                field="generator",
+            )
+        seeds.append(check_integer("generator", seed, 0, MAX_SEED))
+        kinds.append(device)
+    if not seeds:
+        raise refused("generator", generator, "an integer, a torch.Generator, or a list of these")
+    if set(kinds) - {"cpu", "cuda"} or len(set(kinds)) > 1:
+        raise RequestError(
+            f"generator is on {', '.join(sorted(set(kinds)))}; all must be on cpu, or all on cuda", field="generator"
+        )
+    return tuple(seeds), "torch-cpu" if kinds[0] == "cpu" else "torch-cuda"
+
+
+def _has_drawn(state: bytes, device: str) -> bool:
+    """Whether a torch generator's state is not that of a fresh one.
+
+    Matches: ``aten/src/ATen/CPUGeneratorImpl.cpp`` (``CPUGeneratorImplStateLegacy``: seed, then ``left``, which is 1
+    until the first number) and ``CUDAGeneratorImpl.cpp`` (seed, then the offset of Philox, which is 0).
+    """
+    if device == "cpu":
+        return int.from_bytes(state[8:12], "little") != 1
+    return any(state[8:16])
+
+
+def given_or(value: Any, default: Any) -> Any:
+    """``value`` unless it is None; 0 is a value."""
+    return default if value is None else value

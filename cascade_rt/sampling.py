@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import RequestError
+from .errors import RequestError, refused, shown
 
 Array = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -75,15 +75,15 @@ def make_schedule(
         RequestError: a name or number that is not accepted.
     """
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= MAX_STEPS:
-        raise RequestError(f"{steps!r} steps are not accepted; it must be an integer from 1 to {MAX_STEPS}")
+        raise refused("num_inference_steps", steps, f"an integer from 1 to {MAX_STEPS}")
     if prediction_type not in PREDICTION_TYPES:
         accepted = ", ".join(PREDICTION_TYPES)
-        raise RequestError(f"prediction type {prediction_type!r} is not known; accepted: {accepted}")
+        raise RequestError(f"prediction type {shown(prediction_type)} is not known; accepted: {accepted}")
     if sampler == "original":
         return _original(steps, prediction_type, shift, s)
     if sampler == "diffusers":
         return _diffusers(steps, prediction_type, scaler, s)
-    raise RequestError(f"sampler {sampler!r} is not known; accepted: {', '.join(SAMPLERS)}")
+    raise RequestError(f"sampler {shown(sampler)} is not known; accepted: {', '.join(SAMPLERS)}", field="sampler")
 
 
 def _original(steps: int, prediction_type: PredictionType, shift: float, s: float) -> Schedule:
@@ -176,20 +176,21 @@ def predict_x0(schedule: Schedule, step: int, latents: Array, prediction: Array)
     return a * latents + b * prediction
 
 
-def guide(conditional: Array, unconditional: Array, scale: float, rescale: float = 0.0) -> Array:
+def guide(conditional: Array, unconditional: Array, scale: float | Array, rescale: float = 0.0) -> Array:
     """Classifier-free guidance, optionally rescaled to the conditional prediction's spread.
 
     Args:
         conditional: ``[B, C, H, W]`` float32.
         unconditional: the same without the prompt.
-        scale: 1 is no guidance.
+        scale: 1 is no guidance; one number, or ``[B]`` float32: one for every picture.
         rescale: rho, 0..1: how far the standard deviation is pulled back to the conditional one's. It is taken
             within each sample (the authors take it over the whole batch), so no picture depends on its batch mates.
 
     Returns:
         ``[B, C, H, W]`` float32.
     """
-    guided = unconditional + np.float32(scale) * (conditional - unconditional)
+    factor = np.reshape(np.asarray(scale, dtype=np.float32), (-1,) + (1,) * (conditional.ndim - 1))
+    guided: Array = unconditional + factor * (conditional - unconditional)
     if rescale == 0:
         return guided
     axes = tuple(range(1, guided.ndim))

@@ -1,0 +1,474 @@
+"""What a request means to a bundle: sizes, schedules, guidance, engines, rows, memory. Pure, in milliseconds.
+
+Every refusal that can be known before an engine is opened happens here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import BundleError, RequestError, refused, shown
+from .manifest import EngineRecord, LoopDefaults, Manifest, ModelFacts, SamplerPreset
+from .request import LoopSettings, Request, Tensors, check_pixels, given_or, new_seeds
+from .sampling import SamplerName, Schedule, make_schedule
+from .stages import ENGINES, ITEM_SIZE, EngineSpec
+
+DenoiserName = Literal["stage_c", "stage_b"]
+Part = Literal["picture", "prior", "decoder"]
+"""What is run: the whole cascade, Stage C alone, or Stages B and A on given image embeddings."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one picture at every stage, each (height, width).
+
+    Attributes:
+        prior: Stage C's latents.
+        decoder: Stage B's latents.
+        picture: what is returned: the decoded picture, cropped to the request.
+    """
+
+    prior: tuple[int, int]
+    decoder: tuple[int, int]
+    picture: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopPlan:
+    """One stage's loop.
+
+    Attributes:
+        stage: whose engines run it.
+        schedule: its tables.
+        scales: guidance scale of every picture; up to 1 is none, as in diffusers.
+        rescale: rho of `sampling.guide`.
+        latents: ``(B, C, H, W)``.
+    """
+
+    stage: DenoiserName
+    schedule: Schedule
+    scales: tuple[float, ...]
+    rescale: float
+    latents: tuple[int, int, int, int]
+
+    @property
+    def guided(self) -> tuple[int, ...]:
+        """The pictures that are drawn with guidance."""
+        return tuple(index for index, scale in enumerate(self.scales) if scale > 1)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step engine's call: every picture, and the guided ones once more without their prompt."""
+        return len(self.scales) + len(self.guided)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A request, planned.
+
+    Attributes:
+        request: with the bundle's defaults in the place of every None but those that `Tensors` stand for.
+        part: what is run.
+        pictures: how many there will be.
+        seeds: one for all, or one for every picture.
+        sizes: of every stage.
+        prior: Stage C's loop; None for the decoder alone.
+        decoder: Stage B's loop; None for the prior alone.
+        latent_scale: Stage A decodes Stage B's latents times this.
+        engines: names, in the order in which they run.
+        memory: bytes of weights and of context tensors, for the engines that run.
+    """
+
+    request: Request
+    part: Part
+    pictures: int
+    seeds: tuple[int, ...]
+    sizes: Sizes
+    prior: LoopPlan | None
+    decoder: LoopPlan | None
+    latent_scale: float
+    engines: tuple[str, ...]
+    memory: int
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether a picture is drawn with guidance in any stage."""
+        return any(loop is not None and loop.guided for loop in (self.prior, self.decoder))
+
+
+def plan(request: Request, manifest: Manifest, given: Tensors | None = None, part: Part = "picture") -> Plan:
+    """Plan a request.
+
+    Args:
+        request: what is asked for.
+        manifest: of the bundle, with the records that the provider runs (`EngineLoader.manifest`).
+        given: arrays in the place of prompts and seeds, from `check_tensors`.
+        part: what is run.
+
+    Raises:
+        RequestError: the bundle or its engines do not take what the request asks for.
+        BundleError: an engine is missing that the request needs, or what a denoiser predicts is not recorded.
+    """
+    given = given or Tensors()
+    engines = _engines(request, manifest, given, part)
+    records = {name: _record(manifest, name) for name in engines}
+    sampler, preset = _preset(request, manifest)
+    prompts = _prompt_count(request, given, part)
+    pictures = _picture_count(request, given, prompts, part)
+    seeds = _seeds(request, pictures)
+    sizes = _sizes(request, manifest, sampler, given, part)
+    loops: dict[DenoiserName, LoopPlan | None] = {"stage_c": None, "stage_b": None}
+    settings: dict[DenoiserName, tuple[LoopSettings, LoopDefaults, str, tuple[int, int], Any]] = {
+        "stage_c": (request.prior, preset.prior, "prior", sizes.prior, given.latents),
+        "stage_b": (request.decoder, preset.decoder, "decoder", sizes.decoder, given.decoder_latents),
+    }
+    for stage, (own, defaults, field, size, latents) in settings.items():
+        if f"{stage}.step" not in records:
+            continue
+        spec = records[f"{stage}.step"].spec
+        loop = LoopPlan(
+            stage=stage,
+            schedule=_schedule(stage, sampler, own, defaults, manifest),
+            scales=_scales(f"{field}.guidance_scale", own.guidance_scale, defaults, pictures, prompts),
+            rescale=defaults.guidance_rescale,
+            latents=(pictures, _channels(spec), *size),
+        )
+        _check_loop(loop, spec, size)
+        _check_latents("latents" if stage == "stage_c" or part == "decoder" else "decoder_latents", latents, loop)
+        loops[stage] = loop
+    _check_given(given, records, prompts)
+    _check_negative(request, given, prompts)
+    prior, decoder = loops["stage_c"], loops["stage_b"]
+    full = replace(
+        request,
+        height=sizes.picture[0],
+        width=sizes.picture[1],
+        num_images_per_prompt=pictures // prompts,
+        seeds=seeds,
+        sampler=sampler,
+        prior=_full(request.prior, preset.prior),
+        decoder=_full(request.decoder, preset.decoder),
+    )
+    return Plan(
+        request=full,
+        part=part,
+        pictures=pictures,
+        seeds=seeds,
+        sizes=sizes,
+        prior=prior,
+        decoder=decoder,
+        latent_scale=preset.latent_scale,
+        engines=engines,
+        memory=_memory(manifest, records, prior, decoder),
+    )
+
+
+def plan_sizes(facts: ModelFacts, grids: tuple[int, int], sampler: SamplerName, height: Any, width: Any) -> Sizes:
+    """Sizes of all stages for a requested picture.
+
+    Stage C's latents are the request over ``resolution_multiple``, rounded up, as in both sources. Stage B's must
+    divide evenly through its levels. diffusers takes their size from Stage C's and lets levels of odd size be
+    resampled, where it does not fail; the ``diffusers`` sampler here follows it where they divide evenly. Otherwise
+    the size comes from the pixels, as in the authors' code, rounded up, and the picture is cropped.
+
+    Args:
+        facts: compressions of the cascade.
+        grids: what height and width of Stage C's and of Stage B's latents must be multiples of.
+        sampler: whose sizes to follow.
+        height: requested pixels.
+        width: requested pixels.
+
+    Raises:
+        RequestError: a size that is not accepted.
+    """
+    axes = [
+        _plan_axis(facts, grids, sampler, check_pixels(name, size))
+        for name, size in (("height", height), ("width", width))
+    ]
+    prior, decoder, picture = ((axes[0][i], axes[1][i]) for i in range(3))
+    return Sizes(prior, decoder, picture)
+
+
+def _plan_axis(facts: ModelFacts, grids: tuple[int, int], sampler: SamplerName, pixels: int) -> tuple[int, int, int]:
+    prior = round_up(math.ceil(pixels / facts.resolution_multiple), grids[0])
+    decoder = int(prior * facts.latent_dim_scale)
+    agree = abs(facts.latent_dim_scale * facts.compression / facts.resolution_multiple - 1) < 0.02
+    if not agree:  # a decoder with a scale of its own: what it makes of the prior's latents is the picture
+        return prior, round_up(decoder, grids[1]), decoder * facts.compression
+    if sampler != "diffusers" or decoder % grids[1]:
+        decoder = round_up(math.ceil(pixels / facts.compression), grids[1])
+    return prior, decoder, min(pixels, decoder * facts.compression)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``size``."""
+    return -(-size // multiple) * multiple
+
+
+def decoder_size(image_embeddings: tuple[int, int], facts: ModelFacts, multiple: int) -> tuple[int, int]:
+    """Height and width of Stage B's latents for image embeddings of that height and width."""
+    height, width = (round_up(int(side * facts.latent_dim_scale), multiple) for side in image_embeddings)
+    return height, width
+
+
+def grids_of(manifest: Manifest) -> tuple[int, int]:
+    """What Stage C's and Stage B's latents must be multiples of; 1 where the bundle has no such engine."""
+    found = []
+    for name in ("stage_c.step", "stage_b.step"):
+        records = manifest.records(name)
+        found.append(records[0].ranges["height"].multiple if records else 1)
+    return found[0], found[1]
+
+
+def _engines(request: Request, manifest: Manifest, given: Tensors, part: Part) -> tuple[str, ...]:
+    """The engines of a request, in the order in which they run."""
+    names: list[str] = []
+    if _needs_text_encoder(request, manifest, given, part):
+        names.append("text_encoder")
+    if part != "decoder":
+        names += ["stage_c.context", "stage_c.step"]
+    if part != "prior":
+        names += ["stage_b.context", "stage_b.step"]
+        if request.output_type != "latent":
+            names.append("stage_a.decode")
+    return tuple(names)
+
+
+def _needs_text_encoder(request: Request, manifest: Manifest, given: Tensors, part: Part) -> bool:
+    if given.prompt_embeds_pooled is None:
+        return True
+    _, preset = _preset(request, manifest)
+    parts: list[tuple[LoopSettings, LoopDefaults]] = []
+    if part != "decoder":
+        parts.append((request.prior, preset.prior))
+    if part != "prior":
+        parts.append((request.decoder, preset.decoder))
+    scales = [given_or(own.guidance_scale, defaults.guidance_scale) for own, defaults in parts]
+    guided = any(one > 1 for scale in scales for one in (scale if isinstance(scale, tuple) else (scale,)))
+    return guided and given.negative_prompt_embeds_pooled is None
+
+
+def _record(manifest: Manifest, name: str) -> EngineRecord:
+    records = manifest.records(name)
+    if not records:
+        raise BundleError(
+            f"the bundle has no engine {name}; add it with: cascade-export --stage {ENGINES[name].stage}", field=name
+        )
+    return records[0]
+
+
+def _preset(request: Request, manifest: Manifest) -> tuple[SamplerName, SamplerPreset]:
+    sampler = given_or(request.sampler, manifest.model.default_sampler)
+    if sampler not in manifest.sampling:
+        known = ", ".join(manifest.sampling)
+        raise RequestError(
+            f"sampler {sampler!r} has no settings in this bundle; accepted: {known}", field="sampler", accepted=known
+        )
+    return sampler, manifest.sampling[sampler]
+
+
+def _prompt_count(request: Request, given: Tensors, part: Part) -> int:
+    embedded = given.prompt_embeds is not None or given.prompt_embeds_pooled is not None
+    if (request.prompt is None) != embedded:
+        what = "and not both" if embedded else "to say what to draw"
+        raise RequestError(f"give either prompt or prompt_embeds with prompt_embeds_pooled, {what}", field="prompt")
+    if request.prompts is not None:
+        return len(request.prompts)
+    if part != "decoder" and given.prompt_embeds is None:
+        raise RequestError("the prior needs prompt_embeds beside prompt_embeds_pooled", field="prompt_embeds")
+    pooled = len(given.prompt_embeds_pooled)
+    if given.prompt_embeds is not None and len(given.prompt_embeds) != pooled:
+        raise refused("prompt_embeds", given.prompt_embeds.shape, f"of {pooled} prompts, as prompt_embeds_pooled is")
+    return pooled
+
+
+def _picture_count(request: Request, given: Tensors, prompts: int, part: Part) -> int:
+    images = request.num_images_per_prompt
+    seeds = len(request.seeds or ())
+    if part == "decoder":
+        count = given_or(images, 1)
+        embedded = len(given.image_embeddings)
+        if embedded % prompts:
+            raise RequestError(
+                f"{embedded} image embeddings cannot be shared out to {prompts} prompts", field="image_embeddings"
+            )
+        pictures = embedded * count
+    elif images is None:
+        pictures = max(prompts, seeds)
+        if pictures % prompts:
+            raise RequestError(f"{seeds} seeds cannot be shared out to {prompts} prompts", field="seeds")
+    else:
+        pictures = prompts * images
+    if seeds > 1 and seeds != pictures:
+        raise RequestError(f"there are {seeds} seeds for {pictures} pictures; give 1 or {pictures}", field="seeds")
+    return pictures
+
+
+def _seeds(request: Request, pictures: int) -> tuple[int, ...]:
+    return new_seeds(pictures) if request.seeds is None else request.seeds
+
+
+def _sizes(request: Request, manifest: Manifest, sampler: SamplerName, given: Tensors, part: Part) -> Sizes:
+    facts, grids = manifest.model, grids_of(manifest)
+    if part != "decoder" or request.height is not None or request.width is not None:
+        height, width = given_or(request.height, facts.height), given_or(request.width, facts.width)
+        sizes = plan_sizes(facts, grids, sampler, height, width)
+        if part == "decoder":
+            return replace(sizes, prior=tuple(given.image_embeddings.shape[2:]))
+        return sizes
+    prior = tuple(given.image_embeddings.shape[2:])
+    decoder = decoder_size(prior, facts, grids[1])
+    return Sizes(prior, decoder, (decoder[0] * facts.compression, decoder[1] * facts.compression))
+
+
+def _schedule(
+    stage: DenoiserName, sampler: SamplerName, own: LoopSettings, defaults: LoopDefaults, manifest: Manifest
+) -> Schedule:
+    model = manifest.models.get(stage)
+    if model is None or model.prediction_type is None:
+        raise BundleError(
+            f"the bundle does not say what {stage} predicts; export it again", field=f"models['{stage}'].prediction_type"
+        )
+    steps = given_or(own.num_inference_steps, defaults.num_inference_steps)
+    return make_schedule(
+        sampler, steps, model.prediction_type, shift=defaults.shift, scaler=defaults.scaler, s=defaults.s
+    )
+
+
+def _scales(
+    field: str, scale: float | tuple[float, ...] | None, defaults: LoopDefaults, pictures: int, prompts: int
+) -> tuple[float, ...]:
+    """The guidance scale of every picture."""
+    if not isinstance(scale, tuple):
+        return (float(given_or(scale, defaults.guidance_scale)),) * pictures
+    if len(scale) == pictures:
+        return scale
+    if len(scale) == prompts:
+        return tuple(one for one in scale for _ in range(pictures // prompts))
+    each = f"1, {prompts} or {pictures}" if prompts != pictures else f"1 or {pictures}"
+    raise RequestError(f"{field} has {len(scale)} numbers for {pictures} pictures; give {each}", field=field)
+
+
+def _full(own: LoopSettings, defaults: LoopDefaults) -> LoopSettings:
+    return LoopSettings(
+        num_inference_steps=given_or(own.num_inference_steps, defaults.num_inference_steps),
+        guidance_scale=given_or(own.guidance_scale, defaults.guidance_scale),
+    )
+
+
+def _channels(spec: EngineSpec) -> int:
+    channels = spec.tensor("latents").axes[1]
+    if not isinstance(channels, int):
+        raise BundleError(f"the manifest leaves the channels of {spec.name} open: {channels}")
+    return channels
+
+
+def _check_loop(loop: LoopPlan, spec: EngineSpec, size: tuple[int, int]) -> None:
+    most = spec.ranges["batch"].max
+    if not spec.ranges["batch"].accepts(loop.rows):
+        pictures = len(loop.scales)
+        twice = f", {loop.rows} rows with guidance," if loop.guided else ""
+        raise RequestError(
+            f"{pictures} pictures at once{twice} are not accepted; these engines take up to {most} rows",
+            field="num_images_per_prompt",
+            value=pictures,
+            accepted=f"up to {most} rows",
+        )
+    for name, side in zip(("height", "width"), size, strict=True):
+        if not spec.ranges[name].accepts(side):
+            raise RequestError(
+                f"this {name} needs {spec.name} at {name} {side}, and this engine takes {spec.ranges[name]}; "
+                "ask for another size, or export it with other --shapes",
+                field=name,
+                value=side,
+                accepted=str(spec.ranges[name]),
+            )
+    if not spec.ranges["steps"].accepts(len(loop.schedule)):
+        raise RequestError(
+            f"{len(loop.schedule)} steps are not accepted; {spec.name} takes {spec.ranges['steps']}",
+            field=f"{'prior' if loop.stage == 'stage_c' else 'decoder'}.num_inference_steps",
+        )
+
+
+def _check_latents(name: str, latents: Any, loop: LoopPlan) -> None:
+    if latents is not None and latents.shape != loop.latents:
+        raise RequestError(
+            f"{name} has shape {latents.shape}; it must be {loop.latents}", field=name, value=latents.shape
+        )
+
+
+def _check_given(given: Tensors, records: dict[str, EngineRecord], prompts: int) -> None:
+    """Refuse embeddings that the context engines do not take."""
+    for tensor, engine, names in (
+        ("clip_text", "stage_c.context", ("prompt_embeds", "negative_prompt_embeds")),
+        ("clip_text_pooled", "stage_c.context", ("prompt_embeds_pooled", "negative_prompt_embeds_pooled")),
+        ("clip_text_pooled", "stage_b.context", ("prompt_embeds_pooled", "negative_prompt_embeds_pooled")),
+        ("clip_img", "stage_c.context", ("image_embeds",)),
+        ("effnet", "stage_b.context", ("image_embeddings",)),
+    ):
+        if engine not in records:
+            continue
+        spec = records[engine].spec
+        axes = spec.tensor(tensor).axes
+        for name in names:
+            value = getattr(given, name)
+            if value is None:
+                continue
+            count = {"image_embeds": 1, "image_embeddings": len(value)}.get(name, prompts)
+            free = tensor == "effnet"  # of any size: it is resized to Stage B's grid
+            wanted = [count, *("any" if isinstance(a, str) else a for a in axes[1:])]
+            fits = all(w in ("any", s) for w, s in zip(wanted, value.shape, strict=True))
+            lengths = [(a, s) for a, s in zip(axes[1:], value.shape[1:], strict=True) if isinstance(a, str)]
+            if not fits:
+                raise RequestError(
+                    f"{name} has shape {value.shape}; it must be ({', '.join(map(str, wanted))})", field=name
+                )
+            for axis, size in lengths if not free else []:
+                if not spec.ranges[axis].accepts(size):
+                    raise RequestError(f"{name} has {axis} {size}; this engine takes {spec.ranges[axis]}", field=name)
+    positive, negative = given.prompt_embeds, given.negative_prompt_embeds
+    if positive is not None and negative is not None and positive.shape != negative.shape:
+        raise RequestError(
+            f"prompt and negative prompt embeddings differ in shape: {positive.shape} and {negative.shape}",
+            field="negative_prompt_embeds",
+        )
+
+
+def _check_negative(request: Request, given: Tensors, prompts: int) -> None:
+    if request.negative_prompts is None:
+        return
+    if given.negative_prompt_embeds is not None:
+        raise RequestError(
+            "give either negative_prompt or negative_prompt_embeds, and not both", field="negative_prompt"
+        )
+    count = len(request.negative_prompts)
+    if count not in (1, prompts):
+        raise RequestError(
+            f"there are {count} negative prompts for {prompts} prompts; give 1 or {prompts}", field="negative_prompt"
+        )
+
+
+def _memory(
+    manifest: Manifest, records: dict[str, EngineRecord], prior: LoopPlan | None, decoder: LoopPlan | None
+) -> int:
+    """Bytes of the files of the engines that run, each once, and of the context tensors."""
+    files = {file for record in records.values() for file in record.files}
+    total = sum(manifest.files[file].bytes for file in files)
+    for loop in (prior, decoder):
+        if loop is None:
+            continue
+        spec = records[f"{loop.stage}.step"].spec
+        sizes = {name: limits.opt for name, limits in spec.ranges.items()}
+        sizes |= {"batch": loop.rows, "steps": len(loop.schedule), "height": loop.latents[2], "width": loop.latents[3]}
+        total += sum(
+            ITEM_SIZE[tensor.dtype] * int(np.prod(tensor.shape(sizes), dtype=np.int64))
+            for tensor in spec.inputs
+            if tensor.constant
+        )
+    return total
+
+
