@@ -2,67 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from cascade_rt.errors import CheckpointError
+from msgspec import Meta
+
+from cascade_rt.errors import shown
+from cascade_rt.stages import LARGEST_SIZE
+
+from .config import Channels, Layers, read_config
 
 RES, TIME, ATTN = BLOCK_TYPES = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+
+_Word = Annotated[str, Meta(max_length=60)]
+_Repeats = Annotated[int, Meta(ge=1, le=64)]
+_Heads = Annotated[int, Meta(ge=-1, le=4096)]
+_Levels = Meta(min_length=1, max_length=8)
+_MOST_BLOCKS = 2048
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
     """Architecture of a denoiser, in diffusers' ``StableCascadeUNet`` words (its ``config.json``).
 
-    ``up_*`` lists are given deepest level first, as in every published config.
+    ``up_*`` lists are given deepest level first, as in every published config. Where the number of heads does not
+    divide the width, an attention block is ``width // heads * heads`` wide inside, as in diffusers.
     """
 
-    in_channels: int = 16
-    out_channels: int = 16
-    timestep_ratio_embedding_dim: int = 64
-    patch_size: int = 1
-    conditioning_dim: int = 2048
-    block_out_channels: tuple[int, ...] = (2048, 2048)
-    num_attention_heads: tuple[int, ...] = (32, 32)
-    down_num_layers_per_block: tuple[int, ...] = (8, 24)
-    up_num_layers_per_block: tuple[int, ...] = (24, 8)
-    down_blocks_repeat_mappers: tuple[int, ...] = (1, 1)
-    up_blocks_repeat_mappers: tuple[int, ...] = (1, 1)
-    block_types_per_layer: tuple[tuple[str, ...], ...] = (BLOCK_TYPES, BLOCK_TYPES)
-    clip_text_in_channels: int | None = None
-    clip_text_pooled_in_channels: int = 1280
-    clip_image_in_channels: int | None = None
-    clip_seq: int = 4
-    effnet_in_channels: int | None = None
-    pixel_mapper_in_channels: int | None = None
-    kernel_size: int = 3
-    dropout: tuple[float, ...] = (0.1, 0.1)
+    in_channels: Channels = 16
+    out_channels: Channels = 16
+    timestep_ratio_embedding_dim: Annotated[int, Meta(ge=4, le=4096)] = 64
+    patch_size: Annotated[int, Meta(ge=1, le=16)] = 1
+    conditioning_dim: Channels = 2048
+    block_out_channels: Annotated[tuple[Channels, ...], _Levels] = (2048, 2048)
+    num_attention_heads: tuple[_Heads, ...] = (32, 32)
+    down_num_layers_per_block: tuple[Layers, ...] = (8, 24)
+    up_num_layers_per_block: tuple[Layers, ...] = (24, 8)
+    down_blocks_repeat_mappers: tuple[_Repeats, ...] = (1, 1)
+    up_blocks_repeat_mappers: tuple[_Repeats, ...] = (1, 1)
+    block_types_per_layer: tuple[Annotated[tuple[_Word, ...], Meta(min_length=1, max_length=16)], ...] = (
+        BLOCK_TYPES,
+        BLOCK_TYPES,
+    )
+    clip_text_in_channels: Channels | None = None
+    clip_text_pooled_in_channels: Channels = 1280
+    clip_image_in_channels: Channels | None = None
+    clip_seq: Annotated[int, Meta(ge=1, le=256)] = 4
+    effnet_in_channels: Channels | None = None
+    pixel_mapper_in_channels: Channels | None = None
+    kernel_size: Annotated[int, Meta(ge=1, le=31)] = 3
+    dropout: tuple[Annotated[float, Meta(ge=0, le=1)], ...] = (0.1, 0.1)
     self_attn: tuple[bool, ...] = (True, True)
-    timestep_conditioning_type: tuple[str, ...] = ("sca", "crp")
+    timestep_conditioning_type: Annotated[tuple[Annotated[str, Meta(pattern="^[a-z0-9]{1,20}$")], ...], _Levels] = (
+        "sca",
+        "crp",
+    )
     switch_level: tuple[bool, ...] | None = None
 
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> DenoiserConfig:
-        """Read diffusers' ``config.json``; scalars that diffusers broadcasts over the levels are broadcast here.
+    def __post_init__(self) -> None:
+        """Refuse fields that contradict each other.
 
         Raises:
-            CheckpointError: an unknown block type, lists of unequal length, or a field of the wrong kind.
+            ValueError: lists of unequal length, an unknown block type, or a network that cannot be built.
         """
-        known = {f.name for f in fields(cls)}
-        values = {k: _freeze(v) for k, v in config.items() if k in known}
-        try:
-            levels = len(values.get("block_out_channels", cls.block_out_channels))
-            for name in ("dropout", "self_attn"):
-                value = values.get(name, getattr(cls, name)[0])
-                values[name] = value if isinstance(value, tuple) else (value,) * levels
-            made = cls(**values)
-            made._validate()
-        except TypeError as error:
-            raise CheckpointError(f"this denoiser config cannot be read: {error}") from error
-        return made
+        self._check_lengths()
+        self._check_blocks()
+        if self.in_channels != self.out_channels:
+            raise ValueError(
+                f"in_channels is {self.in_channels} and out_channels {self.out_channels}; both are the same"
+            )
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {self.kernel_size} is even; the residual blocks need an odd one")
+        if self.is_prior == (self.effnet_in_channels is not None):
+            raise ValueError(
+                f"clip_text_in_channels is {self.clip_text_in_channels} and effnet_in_channels "
+                f"{self.effnet_in_channels}; a Stage C has the first, a Stage B the second"
+            )
+        if self.is_prior and self.clip_image_in_channels is None:
+            raise ValueError("clip_image_in_channels is null; a Stage C needs the width of image embeddings")
 
-    def _validate(self) -> None:
-        levels = len(self.block_out_channels)
+    def _check_lengths(self) -> None:
         per_level = (
             "num_attention_heads",
             "down_num_layers_per_block",
@@ -74,32 +94,52 @@ class DenoiserConfig:
             "self_attn",
         )
         for name in per_level:
-            if len(getattr(self, name)) != levels:
-                raise CheckpointError(
-                    f"config field {name} has {len(getattr(self, name))} entries, but block_out_channels has {levels}"
+            if len(getattr(self, name)) != self.levels:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, but block_out_channels has {self.levels}"
                 )
-        if self.switch_level is not None and len(self.switch_level) != levels - 1:
-            raise CheckpointError(
-                f"config field switch_level has {len(self.switch_level)} entries; {levels} levels need {levels - 1}"
+        if self.switch_level is not None and len(self.switch_level) != self.levels - 1:
+            raise ValueError(
+                f"switch_level has {len(self.switch_level)} entries; {self.levels} levels need {self.levels - 1}"
             )
+        if len(set(self.timestep_conditioning_type)) < len(self.timestep_conditioning_type):
+            raise ValueError(f"timestep_conditioning_type {shown(self.timestep_conditioning_type)} names one twice")
+
+    def _check_blocks(self) -> None:
         for level, types in enumerate(self.block_types_per_layer):
-            for name in types:
-                if name not in BLOCK_TYPES:
-                    raise CheckpointError(
-                        f"config field block_types_per_layer names an unknown block {name!r}; "
-                        f"known are {', '.join(BLOCK_TYPES)}"
-                    )
+            if unknown := [name for name in types if name not in BLOCK_TYPES]:
+                raise ValueError(
+                    f"block_types_per_layer names an unknown block {shown(unknown[0])}; "
+                    f"known are {', '.join(BLOCK_TYPES)}"
+                )
             if ATTN in types and not 0 < self.num_attention_heads[level] <= self.block_out_channels[level]:
-                raise CheckpointError(
+                raise ValueError(
                     f"level {level} has attention blocks but num_attention_heads is {self.num_attention_heads[level]}"
                 )
-            if level < levels - 1 and types[:1] != (RES,):
-                raise CheckpointError(f"level {level} begins with {types[:1]}; the skip connection needs a {RES} there")
-        sizes = (self.in_channels, self.out_channels, self.patch_size, self.conditioning_dim, self.clip_seq)
-        if not all(isinstance(x, int) and x > 0 for x in (*sizes, *self.block_out_channels, self.kernel_size)):
-            raise CheckpointError(f"a size in the denoiser config is no positive integer: {self}")
-        if self.kernel_size % 2 == 0:
-            raise CheckpointError(f"kernel_size {self.kernel_size} is even; the residual blocks need an odd one")
+            if level < self.levels - 1 and types[0] != RES:
+                raise ValueError(f"level {level} begins with {types[0]}; the skip connection needs a {RES} there")
+        pairs = zip(self.down_num_layers_per_block, self.up_num_layers_per_block[::-1], strict=True)
+        blocks = sum(len(t) * (down + up) for t, (down, up) in zip(self.block_types_per_layer, pairs, strict=True))
+        if blocks > _MOST_BLOCKS:
+            raise ValueError(f"the layers have {blocks} blocks together; at most {_MOST_BLOCKS} are read")
+        if not 0 < self.modulation_size <= LARGEST_SIZE:
+            raise ValueError(f"block_types_per_layer gives a modulation table of {self.modulation_size} columns")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], where: str = "the config of a denoiser") -> DenoiserConfig:
+        """Read diffusers' ``config.json``; scalars that diffusers broadcasts over the levels are broadcast here.
+
+        Raises:
+            CheckpointError: it does not describe a denoiser.
+        """
+        values = dict(config)
+        widths = values.get("block_out_channels", cls.block_out_channels)
+        if isinstance(widths, list | tuple):
+            for name in ("dropout", "self_attn"):
+                value = values.get(name, getattr(cls, name)[0])
+                if isinstance(value, bool | int | float):
+                    values[name] = (value,) * len(widths)
+        return read_config(cls, values, where)
 
     @property
     def levels(self) -> int:
@@ -141,7 +181,3 @@ class DenoiserConfig:
                 heads = self.num_attention_heads[level]
                 found[level] = (count, self.block_out_channels[level] // heads * heads)
         return found
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value

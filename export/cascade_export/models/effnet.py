@@ -6,14 +6,26 @@ Written out here because torchvision is not a dependency; the keys of ``backbone
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
+from .config import Channels, Layers, read_config
+
 Kind = Literal["fused", "mb"]
-StageRow = tuple[Kind, int, int, int, int, int]
+StageRow = tuple[
+    Kind,
+    Annotated[int, Meta(ge=1, le=16)],
+    Annotated[int, Meta(ge=1, le=15)],
+    Annotated[int, Meta(ge=1, le=2)],
+    Channels,
+    Layers,
+]
 """(kind, expand ratio, kernel size, stride, output channels, number of layers)"""
 
 EFFICIENTNET_V2_S: tuple[StageRow, ...] = (
@@ -26,6 +38,7 @@ EFFICIENTNET_V2_S: tuple[StageRow, ...] = (
 )
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PIXELS_PER_LATENT = 32
 BATCH_NORM_EPS = 1e-3  # torchvision's value for the V2 family
 
 
@@ -33,18 +46,35 @@ BATCH_NORM_EPS = 1e-3  # torchvision's value for the V2 family
 class EffNetConfig:
     """Architecture of a semantic compressor; the defaults are Stable Cascade's (EfficientNetV2-S)."""
 
-    stages: tuple[StageRow, ...] = EFFICIENTNET_V2_S
-    stem_channels: int = 24
-    last_channels: int = 1280
-    latent_channels: int = 16
+    stages: Annotated[tuple[StageRow, ...], Meta(min_length=1, max_length=16)] = EFFICIENTNET_V2_S
+    stem_channels: Channels = 24
+    last_channels: Channels = 1280
+    latent_channels: Channels = 16
+
+    def __post_init__(self) -> None:
+        """Refuse what does not give the latents of Stage C.
+
+        Raises:
+            ValueError: a kernel is even, or a latent does not stand for 32 pixels.
+        """
+        if even := [kernel for _, _, kernel, *_ in self.stages if kernel % 2 == 0]:
+            raise ValueError(f"a kernel of {even[0]} is even; convolutions that keep the size need an odd one")
+        if self.stride != PIXELS_PER_LATENT:
+            raise ValueError(f"a latent would stand for {self.stride} pixels; Stage C's stand for {PIXELS_PER_LATENT}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a latent stands for, along each side; the stem halves once."""
+        return 2 * math.prod(stride for _, _, _, stride, _, _ in self.stages)
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> EffNetConfig:
-        """Read a ``config.json`` written from this dataclass."""
-        values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-        if "stages" in values:
-            values["stages"] = tuple(tuple(row) for row in values["stages"])
-        return cls(**values)
+    def from_dict(cls, config: Mapping[str, Any], where: str = "the config of effnet") -> EffNetConfig:
+        """Read a ``config.json`` written from this dataclass.
+
+        Raises:
+            CheckpointError: it does not describe a semantic compressor.
+        """
+        return read_config(cls, config, where)
 
 
 class ConvNormAct(nn.Sequential):

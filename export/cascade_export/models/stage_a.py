@@ -6,45 +6,54 @@ Matches: ``diffusers/pipelines/deprecated/wuerstchen/modeling_paella_vq_model.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from torch import Tensor, nn
 
-from cascade_rt.errors import CheckpointError
-
 from .blocks import Conv2d, ConvTranspose2d, Linear, Pointwise, layer_norm
+from .config import Channels, Layers, Words, read_config
 
 
 @dataclass(frozen=True)
 class StageAConfig:
     """Architecture of a Stage A, in diffusers' ``PaellaVQModel`` words (its ``config.json``)."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    up_down_scale_factor: int = 2
-    levels: int = 2
-    bottleneck_blocks: int = 12
-    embed_dim: int = 384
-    latent_channels: int = 4
-    num_vq_embeddings: int = 8192
-    scale_factor: float = 0.3764
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    up_down_scale_factor: Annotated[int, Meta(ge=1, le=16)] = 2
+    levels: Annotated[int, Meta(ge=1, le=6)] = 2
+    bottleneck_blocks: Layers = 12
+    embed_dim: Channels = 384
+    latent_channels: Channels = 4
+    num_vq_embeddings: Words = 8192
+    scale_factor: Annotated[float, Meta(gt=0, le=1e6)] = 0.3764
+
+    def __post_init__(self) -> None:
+        """Refuse fields that contradict each other.
+
+        Raises:
+            ValueError: the width cannot be halved at every level, or a latent stands for more than 64 pixels.
+        """
+        if self.embed_dim % 2 ** (self.levels - 1):
+            raise ValueError(f"embed_dim {self.embed_dim} cannot be halved {self.levels - 1} times for its levels")
+        if self.compression > 64:
+            raise ValueError(
+                f"a latent would stand for {self.compression} x {self.compression} pixels; at most 64 x 64"
+            )
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> StageAConfig:
+    def from_dict(cls, config: Mapping[str, Any], where: str = "the config of stage_a") -> StageAConfig:
         """Read diffusers' ``config.json``.
 
         Raises:
-            CheckpointError: a field of the wrong kind.
+            CheckpointError: it does not describe a Stage A.
         """
-        made = cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
-        for field in fields(cls):
-            value = getattr(made, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise CheckpointError(f"Stage A config field {field.name} is {value!r}; a positive number is needed")
-        return made
+        return read_config(cls, config, where)
 
     @property
     def compression(self) -> int:
