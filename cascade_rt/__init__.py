@@ -8,6 +8,7 @@ pipe("a red circle", seed=0).images[0].save("out.png")
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -17,6 +18,7 @@ from .errors import (
     CheckpointError,
     EngineError,
     ExportError,
+    GenerationInterrupted,
     OutputError,
     RequestError,
 )
@@ -24,6 +26,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .outputs import CascadeOutput, PriorOutput
     from .pipeline import CascadePipeline
+    from .request import LoopSettings, Request
 
 __version__ = "0.1.0"
 
@@ -36,21 +39,27 @@ __all__ = [
     "CheckpointError",
     "EngineError",
     "ExportError",
+    "GenerationInterrupted",
+    "LoopSettings",
     "OutputError",
     "PriorOutput",
+    "Request",
     "RequestError",
     "__version__",
 ]
 
 
+_LAZY = {
+    "CascadePipeline": "pipeline",
+    "CascadeOutput": "outputs",
+    "PriorOutput": "outputs",
+    "LoopSettings": "request",
+    "Request": "request",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Load the pipeline when it is first asked for: the commands can answer Ctrl-C before NumPy is there."""
-    if name == "CascadePipeline":
-        from .pipeline import CascadePipeline
-
-        return CascadePipeline
-    if name in ("CascadeOutput", "PriorOutput"):
-        from . import outputs
-
-        return getattr(outputs, name)
+    """Load a module when it is first asked for: the commands can answer Ctrl-C before NumPy is there."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

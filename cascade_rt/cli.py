@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,21 @@ from . import __version__
 from .backends import PROVIDERS
 from .bundle import MANIFEST, find_bundle
 from .commands import CommandParser
-from .errors import OutputError, RequestError
-from .image import save_png
+from .errors import OutputError, RequestError, shown
+from .files import name_of, write_together
+from .image import FORMATS, encode_picture, read_request
+from .manifest import Figures
+from .noise import MAX_SEED
+from .outputs import CascadeOutput
 from .pipeline import CascadePipeline
+from .request import LoopSettings, Request, check_integer, check_pictures, given_or, new_seeds
 from .sampling import SAMPLERS
 
 RUN_EXAMPLES = """examples:
   cascade-run "a red circle" -o circle.png --seed 0
   cascade-run "an astronaut riding a horse" --bundle cascade-big --size 1536x1024 --provider cuda
   cascade-run "a blue star" --images 4 -o star.png --json
+  cascade-run --from star-2.png --steps 30 -o finer.png
 """
 INFO_EXAMPLES = """examples:
   cascade-info
@@ -37,20 +43,22 @@ def run_parser() -> argparse.ArgumentParser:
     """The command line of ``cascade-run``."""
     parser = CommandParser("cascade-run", "Make a picture from a prompt, without torch.", RUN_EXAMPLES)
     add = parser.add_argument
-    add("prompt", help="what to draw")
+    add("prompt", nargs="?", help="what to draw")
     add("--bundle", metavar="DIR", help="engine bundle or hub id of one (default: the one that is shipped)")
-    add("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE", help="PNG to write (default: out.png)")
-    add("--seed", type=int, metavar="N", help="0..2**64-1 (default: a new one)")
+    endings = ", ".join(FORMATS)
+    add("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE", help=f"{endings} (default: out.png)")
+    add("--from", dest="source", type=Path, metavar="PICTURE", help="make it again; other flags change the request")
+    add("--seed", type=int, metavar="N", help="0..2**64-1 (default: a new one); further pictures have N+1, N+2, ...")
     add("--size", metavar="WxH", help="pixels, 64..4096 each (default: the bundle's)")
     add("--steps", type=int, metavar="N", help="Stage C steps")
     add("--guidance", type=float, metavar="X", help="Stage C guidance scale; up to 1 is none")
     add("--decoder-steps", type=int, metavar="N", help="Stage B steps")
     add("--decoder-guidance", type=float, metavar="X", help="Stage B guidance scale; up to 1 is none")
     add("--negative", metavar="TEXT", help="what to draw away from")
-    add("--images", type=int, default=1, metavar="N", help="how many pictures; -1, -2, ... is added to the name")
+    add("--images", type=int, metavar="N", help="how many pictures; -1, -2, ... is added to the name (default: 1)")
     add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the bundle's)")
     add("--provider", default="auto", metavar="NAME", help=f"auto, {', '.join(PROVIDERS)} (default: auto)")
-    add("--threads", type=int, metavar="N", help="threads within an operator (default: the runtime's choice)")
+    add("--threads", type=int, metavar="N", help="threads within an operator (default: the provider's choice)")
     add("--low-memory", action="store_true", help="keep one engine loaded at a time")
     add("--json", action="store_true", help="print what ran, with the time of each stage, as JSON")
     add("--quiet", action="store_true", help="no progress bar")
@@ -71,71 +79,124 @@ def info_parser() -> argparse.ArgumentParser:
 def generate(args: argparse.Namespace) -> None:
     """Do what ``cascade-run`` was asked."""
     warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
-    width, height = parse_size(args.size)
-    output: Path = args.output
-    if output.suffix.lower() != ".png":
-        raise RequestError(f"{output} is no PNG name; pictures are written as .png")
-    if output.is_dir():
-        raise RequestError(f"{output} is a folder; name a file in it")
-    if not output.parent.is_dir():
-        raise OutputError(f"the folder {output.parent} does not exist; make it with: mkdir -p {output.parent}")
-    if not os.access(output.parent, os.W_OK):
-        raise OutputError(f"the folder {output.parent} cannot be written to")
-    seed = int(time.time_ns() % 2**32) if args.seed is None else args.seed
+    request = requested(args)
+    check_output(args.output)
     started = time.perf_counter()
     with CascadePipeline.from_pretrained(args.bundle, args.provider, args.low_memory, args.threads) as pipe:
         if args.quiet:
             pipe.set_progress_bar_config(disable=True)
-        out = pipe(
-            args.prompt,
-            args.negative,
-            height=height,
-            width=width,
-            prior_num_inference_steps=args.steps,
-            prior_guidance_scale=args.guidance,
-            num_inference_steps=args.decoder_steps,
-            decoder_guidance_scale=args.decoder_guidance,
-            num_images_per_prompt=args.images,
-            seed=seed,
-            sampler=args.sampler,
-        )
-        facts = _facts(args, pipe, seed)
-    files = []
-    for index, image in enumerate(out.images):
-        path = output if len(out.images) == 1 else output.with_stem(f"{output.stem}-{index + 1}")
-        save_png(image, path, {k: str(v) for k, v in facts.items()})
-        files.append(str(path))
+        planned = pipe.plan(request)
+        out = pipe.run(request)
+        facts = {"bundle": pipe.bundle.name, "provider": pipe.provider, "software": f"cascade-rt {__version__}"}
+    files = write_pictures(out, planned.request, args.output, facts)
     seconds = {name: round(value, 4) for name, value in out.timings.items()}
     seconds["total"] = round(time.perf_counter() - started, 4)
     if args.json:
-        size = out.images[0].size
-        print(json.dumps({**facts, "width": size[0], "height": size[1], "files": files, "seconds": seconds}))
+        width, height = out.images[0].size
+        report = {**_told(planned.request), **facts, "width": width, "height": height, "files": files}
+        print(json.dumps({**report, "seconds": seconds}))
         return
     for file in files:
         print(file)
     print("  ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
 
 
-def _facts(args: argparse.Namespace, pipe: CascadePipeline, seed: int) -> dict[str, Any]:
-    """What made the picture: goes into the PNG and the JSON."""
-    sampler = pipe.bundle.manifest.model.default_sampler if args.sampler is None else args.sampler
-    preset = pipe.bundle.manifest.sampling[sampler]
+def requested(args: argparse.Namespace) -> Request:
+    """The request of a command line.
 
-    def given(value: Any, default: Any) -> Any:
-        return default if value is None else value
+    Raises:
+        RequestError: a value that is not accepted, or neither a prompt nor a picture to make again.
+    """
+    if args.source is None and args.prompt is None:
+        raise RequestError("there is no prompt; write what to draw, for example: cascade-run 'a red circle'")
+    base = Request() if args.source is None else Request.from_json(read_request(args.source))
+    width, height = parse_size(args.size)
+    count = check_pictures("num_images_per_prompt", given_or(args.images, 1))
+    seeds = base.seeds
+    if args.seed is not None or args.images is not None or seeds is None:
+        first = new_seeds(1)[0] if args.seed is None else check_integer("seeds", args.seed, 0, MAX_SEED)
+        if args.seed is None and base.seeds is not None:
+            first = base.seeds[0]
+        seeds = tuple((first + index) % (MAX_SEED + 1) for index in range(count))
+    return replace(
+        base,
+        prompt=given_or(args.prompt, base.prompt),
+        negative_prompt=given_or(args.negative, base.negative_prompt),
+        height=given_or(height, base.height),
+        width=given_or(width, base.width),
+        num_images_per_prompt=len(seeds),
+        seeds=seeds,
+        sampler=given_or(args.sampler, base.sampler),
+        prior=_loop(base.prior, args.steps, args.guidance),
+        decoder=_loop(base.decoder, args.decoder_steps, args.decoder_guidance),
+    )
 
+
+def _loop(base: LoopSettings, steps: int | None, scale: float | None) -> LoopSettings:
+    return LoopSettings(
+        num_inference_steps=given_or(steps, base.num_inference_steps),
+        guidance_scale=given_or(scale, base.guidance_scale),
+    )
+
+
+def check_output(path: Path) -> None:
+    """Refuse a place that pictures cannot be written to, before any is made.
+
+    Raises:
+        RequestError: another ending than those of `FORMATS`, or a folder's name.
+        OutputError: its folder is missing, or cannot be written to.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise RequestError(f"-o {name_of(path)} is not accepted; pictures are written as {', '.join(FORMATS)}")
+    try:
+        if path.is_dir():
+            raise RequestError(f"{name_of(path)} is a folder; name a file in it")
+        if not path.parent.is_dir():
+            folder = name_of(path.parent)
+            raise OutputError(f"the folder {folder} does not exist; make it with: mkdir -p {folder}")
+    except (OSError, ValueError) as error:
+        if isinstance(error, RequestError | OutputError):
+            raise
+        raise OutputError(f"{name_of(path)} cannot be written: {getattr(error, 'strerror', error)}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"the folder {name_of(path.parent)} cannot be written to")
+
+
+def write_pictures(out: CascadeOutput, request: Request, path: Path, facts: dict[str, str]) -> list[str]:
+    """Write all pictures or none; each carries the request that makes it alone.
+
+    Args:
+        out: what was made.
+        request: the planned one, with every default filled in.
+        path: of one picture; ``-1``, ``-2``, ... is added to the names of several.
+        facts: what else a PNG says of itself.
+
+    Returns:
+        The files' names.
+    """
+    contents: dict[Path, bytes] = {}
+    for index, image in enumerate(out.images):
+        assert request.seeds is not None  # a planned request has them
+        alone = replace(request, num_images_per_prompt=1, seeds=(request.seeds[index],))
+        place = path if len(out.images) == 1 else path.with_stem(f"{path.stem}-{index + 1}")
+        texts = {key: str(value) for key, value in {**_told(alone), **facts}.items()}
+        contents[place] = encode_picture(image, path.suffix.lower(), alone.to_json(), texts)
+    write_together(contents)
+    return [str(place) for place in contents]
+
+
+def _told(request: Request) -> dict[str, Any]:
+    """What made a picture, in the command line's words."""
+    seeds = request.seeds or ()
     return {
-        "prompt": args.prompt,
-        "negative_prompt": given(args.negative, ""),
-        "seed": seed,
-        "sampler": sampler,
-        "steps": given(args.steps, preset.prior.num_inference_steps),
-        "guidance": given(args.guidance, preset.prior.guidance_scale),
-        "decoder_steps": given(args.decoder_steps, preset.decoder.num_inference_steps),
-        "decoder_guidance": given(args.decoder_guidance, preset.decoder.guidance_scale),
-        "bundle": pipe.bundle.name,
-        "provider": pipe.provider,
-        "software": f"cascade-rt {__version__}",
+        "prompt": request.prompt,
+        "negative_prompt": given_or(request.negative_prompt, ""),
+        "seed": seeds[0],
+        "sampler": request.sampler,
+        "steps": request.prior.num_inference_steps,
+        "guidance": request.prior.guidance_scale,
+        "decoder_steps": request.decoder.num_inference_steps,
+        "decoder_guidance": request.decoder.guidance_scale,
     }
 
 
@@ -147,8 +208,8 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
     """
     if text is None:
         return None, None
-    if not (match := re.fullmatch(r"(-?\d+)x(-?\d+)", text)):
-        raise RequestError(f"--size {text!r} is not accepted; write it as WIDTHxHEIGHT, for example 1024x1024")
+    if not (match := re.fullmatch(r"(-?[0-9]{1,9})x(-?[0-9]{1,9})", text)):
+        raise RequestError(f"--size {shown(text)} is not accepted; write it as WIDTHxHEIGHT, for example 1024x1024")
     return int(match[1]), int(match[2])
 
 
@@ -165,34 +226,36 @@ def show(args: argparse.Namespace) -> None:
     m = manifest.model
     print(f"{m.name} ({m.size}), from {m.source}; weights: {m.licence}")
     print(f"{m.width} x {m.height} px; samplers: {', '.join(manifest.sampling)}, default {m.default_sampler}")
-    total = sum(f["bytes"] for f in manifest.files.values())
+    total = sum(file.bytes for file in manifest.files.values())
     print(f"{len(manifest.files)} files, {total / 2**20:.1f} MiB" + (", all hashes right" if args.check else ""))
-    rows = [("engine", "runtime", "precision", "rel. L2", "max", "cosine", "PSNR", "inputs")]
-    for record in manifest.records:
-        inputs = ", ".join(f"{t.name}[{' x '.join(map(str, t.axes))}]" for t in record.spec.inputs)
+    rows = [("engine", "features", "runtime", "precision", "rel. L2", "max", "cosine", "PSNR", "inputs")]
+    for record in manifest.engines:
+        inputs = ", ".join(f"{t.name}[{' x '.join(map(str, t.axes))}]" for t in record.inputs)
         runtime = " ".join([record.runtime, *(f"sm{number}" for number in record.sm)])
-        rows.append((record.spec.name, runtime, record.precision, *_figures(record.verification), inputs))
-        if (loop := (record.verification or {}).get("loop")) is not None:
-            how = f"{loop['sampler']} sampler, {loop['steps']} steps, guidance {loop['guidance_scale']:g}"
-            rows.append(("  its whole loop", "", "", *_figures(loop), how))
+        features = ",".join(record.features)
+        rows.append((record.name, features, runtime, record.precision.name, *_figures(record.verification), inputs))
+        if record.verification is not None and (loop := record.verification.loop) is not None:
+            how = f"{loop.sampler} sampler, {loop.steps} steps, guidance {loop.guidance_scale:g}"
+            rows.append(("  its whole loop", "", "", "", *_figures(loop), how))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] + [0]
+    shown_columns = [i for i in range(len(widths)) if i != 1 or any(row[1] for row in rows[1:])]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+        print("  ".join(row[i].ljust(widths[i]) for i in shown_columns))
     print("figures: against fp32 PyTorch")
     for name, model in manifest.models.items():
         if model.loras:
             print(f"{name}: with {', '.join(model.loras)}")
         if (scan := model.stream_scales) is not None:
             print(
-                f"{name}: residual stream kept divided by {scan['down']} on the way down and {scan['up']} on the way "
-                f"up; largest values seen {scan['largest_down']} and {scan['largest_up']} (fp16 ends at 65504)"
+                f"{name}: residual stream kept divided by {list(scan.down)} on the way down and {list(scan.up)} on the "
+                f"way up; largest values seen {list(scan.largest_down)} and {list(scan.largest_up)} "
+                "(fp16 ends at 65504)"
             )
 
 
-def _figures(verification: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
+def _figures(figures: Figures | None) -> tuple[str, str, str, str]:
     """Relative L2, largest difference, cosine and PSNR, as `cascade-info` prints them."""
-    if verification is None:
+    if figures is None:
         return "not verified", "", "", ""
-    v = verification
-    psnr = "" if v.get("psnr") is None else f"{v['psnr']:.1f} dB"
-    return f"{v['rel_l2']:.1e}", f"{v['max_abs']:.1e}", f"{v['cosine']:.8f}", psnr
+    psnr = "" if figures.psnr is None else f"{figures.psnr:.1f} dB"
+    return f"{figures.rel_l2:.1e}", f"{figures.max_abs:.1e}", f"{figures.cosine:.8f}", psnr

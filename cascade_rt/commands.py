@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
-from .errors import BundleNotFoundError, CascadeError, MissingCheckpointError, RequestError
+from .errors import BundleNotFoundError, CascadeError, MissingCheckpointError, OutputError, RequestError, plain
+from .files import name_of, said_by
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 INTERRUPTED = "interrupted; nothing half-written was left behind"
@@ -30,8 +35,12 @@ class CommandParser(argparse.ArgumentParser):
         raise RequestError(f"{message}; see {self.prog} --help")
 
 
-def run_command(command: Callable[[], None]) -> int:
+def run_command(command: Callable[[], None], names: Mapping[str, str] | None = None) -> int:
     """Run a command and turn what it raises into an exit code and one line on standard error.
+
+    Args:
+        command: what to do; it may print results to standard output.
+        names: field of an error -> what the command line calls it.
 
     Returns:
         0 done, 1 the work failed, 2 the request was wrong.
@@ -40,13 +49,15 @@ def run_command(command: Callable[[], None]) -> int:
     _interrupted = False
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     unraisable, sys.unraisablehook = sys.unraisablehook, _quiet_interrupts
+    _bear_any_text()
     try:
         command()
+        _flush()
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, FAILED)
     except Exception as error:
         # an interrupt in the middle of an import comes out as whatever the import makes of it
-        return _fail(INTERRUPTED, FAILED) if _interrupted else _report(error)
+        return _fail(INTERRUPTED, FAILED) if _interrupted else _report(error, names or {})
     finally:
         sys.unraisablehook = unraisable
         for number, handler in before.items():
@@ -54,50 +65,72 @@ def run_command(command: Callable[[], None]) -> int:
     return DONE
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, names: Mapping[str, str]) -> int:
     """One line and the exit code for an error; what is not expected goes on as it is."""
     if isinstance(error, RequestError | BundleNotFoundError | MissingCheckpointError):
-        return _fail(str(error), WRONG_REQUEST)
+        return _fail(worded(error, names), WRONG_REQUEST)
     if isinstance(error, CascadeError):
-        return _fail(str(error), FAILED)
+        return _fail(worded(error, names), FAILED)
     if isinstance(error, MemoryError):
-        return _fail("there is not enough memory for this", FAILED)
+        return _fail("there is not enough memory for this; use --low-memory, or a smaller --size", FAILED)
+    if isinstance(error, RecursionError):
+        return _fail("the stack is too small for this; raise its limit with: ulimit -s 8192", FAILED)
+    if isinstance(error, Warning):  # python -W error
+        return _fail(f"a warning, which Python was told to treat as an error: {error}", FAILED)
     if isinstance(error, BrokenPipeError):
-        sys.stderr.close()  # the reader of our output has gone, and no message would reach it
+        _drop(sys.stdout)  # the reader of our output has gone, and no message would reach it
         return FAILED
     if isinstance(error, OSError):
-        return _fail(f"the system refused: {error.strerror or error}", FAILED)
+        where = f" ({name_of(error.filename)})" if isinstance(error.filename, str | bytes | os.PathLike) else ""
+        return _fail(f"the system refused: {error.strerror or error}{where}", FAILED)
     raise error
+
+
+def worded(error: CascadeError, names: Mapping[str, str]) -> str:
+    """An error's message with the field under the name that the command line has for it."""
+    message, field = str(error), error.field
+    name = names.get(field) if field else None
+    return message if name is None or field is None else re.sub(rf"^{re.escape(field)}\b", name, message)
+
+
+def _bear_any_text() -> None:
+    """A terminal or a file that takes only some characters gets the others as escapes instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """Write out what was printed, so that a full or closed standard output is noticed.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        _drop(sys.stdout)
+        raise OutputError(f"standard output cannot be written: {said_by(error)}") from None
+
+
+def _drop(stream: Any) -> None:
+    """Send what is still in a stream's buffer to nowhere: Python would try again when it exits, and complain."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):  # closed already
+        sys.stdout = None
 
 
 def _quiet_interrupts(unraisable: Any) -> None:
     """Python prints what it cannot raise; an interrupt is reported by the command itself."""
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
-
-
-def main_run(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cascade-run``; returns the exit code."""
-
-    def command() -> None:
-        from . import cli  # inside, so that Ctrl-C is one line while NumPy is still loading
-
-        cli.generate(cli.run_parser().parse_args(argv))
-        sys.stdout.flush()
-
-    return run_command(command)
-
-
-def main_info(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cascade-info``; returns the exit code."""
-
-    def command() -> None:
-        from . import cli
-
-        cli.show(cli.info_parser().parse_args(argv))
-        sys.stdout.flush()
-
-    return run_command(command)
 
 
 _interrupted = False
@@ -123,5 +156,6 @@ def check_interrupt() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody can be told where standard error is closed
+        print("error: " + plain(" ".join(message.split())), file=sys.stderr)
     return code

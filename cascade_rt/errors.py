@@ -87,6 +87,10 @@ class OutputError(CascadeError, OSError):
     """A result could not be written: no permission, no room, or something is in the way."""
 
 
+class GenerationInterrupted(CascadeError):  # noqa: N818 - it is what the caller wanted, and no fault
+    """A request was stopped between two steps because somebody asked for it."""
+
+
 def refused(field: str, value: Any, accepted: str) -> RequestError:
     """The error of a value that is not accepted."""
     return RequestError(

@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
@@ -64,23 +64,42 @@ def sha256_of(path: Path) -> str:
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """A file that gets its name when everything is in it; nothing stays where anything goes wrong.
 
-    The temporary file is made exclusively and under a name that nobody can foresee: no link that lies there is
-    followed, and two writers do not meet.
-
     Raises:
         OutputError: the folder is missing or not writable, or there is no room.
+    """
+    with _temporary_beside(path) as (file, temporary):
+        yield file
+        _take_names([(file, temporary, path)])
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write several files: none of them has its name before the bytes of all are on the disk.
+
+    Raises:
+        OutputError: a folder is missing or not writable, or there is no room.
+    """
+    with contextlib.ExitStack() as stack:
+        ready = []
+        for path, content in contents.items():
+            file, temporary = stack.enter_context(_temporary_beside(path))
+            file.write(content)
+            ready.append((file, temporary, path))
+        _take_names(ready)
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A file beside ``path``, open for writing, and removed in the end if it still has its own name.
+
+    It is made exclusively and under a name that nobody can foresee: no link that lies there is followed, and two
+    writers do not meet.
     """
     temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=".cascade-", suffix=".partial", dir=path.parent)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        temporary = None
+            yield file, temporary
     except OSError as error:
         if isinstance(error, CascadeError):
             raise
@@ -89,6 +108,17 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def _take_names(ready: Iterable[tuple[IO[bytes], Path, Path]]) -> None:
+    """Put files on the disk and rename each from its temporary to its final path."""
+    files = list(ready)
+    for file, temporary, _ in files:
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+    for _, temporary, path in files:
+        temporary.replace(path)
 
 
 def _umask() -> int:

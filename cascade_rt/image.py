@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
-from .errors import OutputError
+from .errors import RequestError, plain, shortened
+from .files import MIB, name_of, read_bounded
 
 Array = NDArray[np.float32]
+MAX_PICTURE_BYTES = 256 * MIB
 
 
 def resize_bilinear(x: Array, height: int, width: int) -> Array:
@@ -54,21 +60,93 @@ def to_pil(pixels: Array) -> list[Image.Image]:
     return [Image.fromarray(p) for p in (pixels * 255).round().astype(np.uint8)]
 
 
-def save_png(image: Image.Image, path: Path, facts: dict[str, str]) -> None:
-    """Write a PNG that carries ``facts`` as text chunks; nothing half-written stays behind.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Ending of a file's name -> the format that is written."""
+REQUEST_KEY = "cascade_rt.request"
+_EXIF_DESCRIPTION = 0x010E
+_QUALITY = 95
+
+
+def encode_picture(image: Image.Image, ending: str, request: str, facts: Mapping[str, str]) -> bytes:
+    """The bytes of a picture file that carries the request that made it.
+
+    Args:
+        image: RGB.
+        ending: a key of `FORMATS`.
+        request: `Request.to_json`; a PNG has it as a text chunk, the others as EXIF's ImageDescription.
+        facts: other text chunks, PNG only.
+    """
+    made = io.BytesIO()
+    kind = FORMATS[ending]
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        for key, value in {REQUEST_KEY: request, **facts}.items():
+            info.add_itxt(key, value)
+        image.save(made, format=kind, pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[_EXIF_DESCRIPTION] = json.dumps({REQUEST_KEY: json.loads(request)})  # ASCII, as EXIF wants it
+        image.save(made, format=kind, exif=exif, quality=_QUALITY)
+    return made.getvalue()
+
+
+def read_request(path: Path) -> str:
+    """The request that a picture of ours carries, as JSON text.
 
     Raises:
-        OutputError: the folder is missing or not writable, or there is no room.
+        RequestError: it is no readable picture, or carries none.
     """
-    info = PngImagePlugin.PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, value)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        image.save(partial, format="PNG", pnginfo=info)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"the picture cannot be written to {path}: {error.strerror or error}") from error
-    finally:
-        if partial.is_file():
-            partial.unlink()
+        data = read_bounded(path, MAX_PICTURE_BYTES, RequestError)
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
+            text = picture.info.get(REQUEST_KEY)
+            if text is None:
+                described = json.loads(picture.getexif().get(_EXIF_DESCRIPTION) or "{}")
+                text = json.dumps(described[REQUEST_KEY]) if REQUEST_KEY in described else None
+    except FileNotFoundError:
+        raise RequestError(f"there is no picture {name_of(path)}", field="from") from None
+    except (OSError, ValueError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{name_of(path)} cannot be read as a picture: {shortened(plain(str(error)))}") from None
+    if not isinstance(text, str):
+        raise RequestError(f"{name_of(path)} carries no request of cascade-rt; name a picture that cascade-run made")
+    return text
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(name: str, picture: Any, side: int) -> Array:
+    """A picture as CLIP's image encoder takes it.
+
+    The short side is resized to ``side`` (bicubic, antialiased), the middle is cut out, and the values are normalised.
+    Rotation that a camera noted (EXIF) is applied; transparent pixels become white.
+
+    Args:
+        name: what the caller calls it, for messages.
+        picture: a PIL image.
+        side: of the encoder's input.
+
+    Returns:
+        ``[3, side, side]`` float32. Matches: transformers' ``CLIPImageProcessor``.
+
+    Raises:
+        RequestError: it is no picture, or cannot be read.
+    """
+    if not isinstance(picture, Image.Image):
+        raise RequestError(f"{name} is of type {type(picture).__name__}; it must be a PIL image", field="images")
+    try:
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+            seen = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+        whole = upright.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{name} cannot be read: {shortened(plain(str(error)))}", field="images") from None
+    short = min(whole.size)
+    width, height = (side if length == short else int(side * length / short) for length in whole.size)
+    resized = whole.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    values = np.asarray(resized.crop((left, top, left + side, top + side)), dtype=np.float32) / np.float32(255)
+    normalised = (values - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)

@@ -11,7 +11,7 @@ from PIL import Image
 Array = NDArray[np.float32]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PriorOutput:
     """What Stage C made. Matches: diffusers' ``StableCascadePriorPipelineOutput``.
 
@@ -21,6 +21,7 @@ class PriorOutput:
         prompt_embeds_pooled: ``[B, 1, P]`` float32.
         negative_prompt_embeds: like ``prompt_embeds``, or None without guidance.
         negative_prompt_embeds_pooled: like ``prompt_embeds_pooled``, or None without guidance.
+        seeds: one for all pictures, or one for every picture.
         timings: seconds of each part; ``load`` is what loading engines took, and is in no other part.
     """
 
@@ -29,6 +30,7 @@ class PriorOutput:
     prompt_embeds_pooled: Array
     negative_prompt_embeds: Array | None
     negative_prompt_embeds_pooled: Array | None
+    seeds: tuple[int, ...]
     timings: dict[str, float] = field(default_factory=dict)
 
 
@@ -39,13 +41,10 @@ class CascadeOutput:
     Attributes:
         images: list of PIL images; ``[B, H, W, 3]`` float32 in 0..1 for ``output_type="np"``; Stage B's latents
             ``[B, 4, H/4, W/4]`` float32 for ``"latent"``.
+        seeds: one for all pictures, or one for every picture: the same request with them makes the same pictures.
         timings: seconds of each part; ``load`` is what loading engines took, and is in no other part.
     """
 
     images: list[Image.Image] | Array
+    seeds: tuple[int, ...]
     timings: dict[str, float] = field(default_factory=dict)
-
-
-def add_timings(first: dict[str, float], then: dict[str, float]) -> dict[str, float]:
-    """The timings of two parts that follow each other; both may have loaded engines."""
-    return {name: first.get(name, 0.0) + then.get(name, 0.0) for name in {**first, **then}}

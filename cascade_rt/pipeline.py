@@ -1,45 +1,52 @@
-"""Prompt -> Stage C -> Stage B -> Stage A -> picture.
+"""Prompt -> Stage C -> Stage B -> Stage A -> picture, under diffusers' names.
 
-Argument names are those of diffusers' ``StableCascade{Combined,Prior,Decoder}Pipeline``; ``seed`` stands for
-``generator=torch.Generator("cpu").manual_seed(seed)`` and is consumed in the same order: prior latents, prior steps,
-decoder latents, decoder steps. None means "as the bundle says".
+Argument names and their order are those of diffusers' ``StableCascade{Combined,Prior,Decoder}Pipeline``, so that a
+caller can swap the import; ours come after, keyword-only. Every call becomes a `Request` (and `Tensors`), which is
+planned and then run. None means "as the bundle says".
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .backends.base import EngineOptions
 from .bundle import Bundle, find_bundle
-from .decoder import DecoderPipeline, decoder_engines
-from .noise import make_noise
-from .outputs import CascadeOutput, add_timings
+from .decoder import DecoderPipeline
+from .errors import refused
+from .noise import NoiseKind
+from .outputs import CascadeOutput
+from .plan import Plan
 from .prior import PriorPipeline
-from .request import OUTPUT_TYPES, check_choice
-from .runner import Callback, Loop, Prompt, Prompts, Runner
+from .request import LoopSettings, Prompt, Request, Tensors, seeds_and_noise
+from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
 
 
 class CascadePipeline:
-    """A cascade: text to picture, or its first or second half (`prior`, `decoder`)."""
+    """A cascade: text to picture, or its first or second half (`prior`, `decoder`).
 
-    def __init__(self, bundle: Bundle, provider: str = "auto", low_memory: bool = False, threads: int | None = None):
+    Threads: calls from several threads wait for each other; `interrupt` and `close` may come from any thread at any
+    time. Processes: a pipeline is not used in a forked child; open it there.
+    """
+
+    def __init__(
+        self, bundle: Bundle, provider: str = "auto", low_memory: bool = False, options: EngineOptions | None = None
+    ):
         """Prepare to run a bundle; engines are loaded with the first request that needs them.
-
-        A pipeline serves one thread at a time.
 
         Args:
             bundle: what to run.
             provider: ``auto``, or a name of `backends.PROVIDERS`.
             low_memory: keep one engine loaded at a time.
-            threads: threads within an operator; None leaves it to the runtime.
+            options: threads, GPU, and the provider's own settings.
         """
-        self._runner = Runner(bundle, provider, low_memory, threads)
+        self._runner = Runner(bundle, provider, low_memory, options or EngineOptions())
         self.prior = PriorPipeline(self._runner)
         self.decoder = DecoderPipeline(self._runner)
 
@@ -60,15 +67,26 @@ class CascadePipeline:
         provider: str = "auto",
         low_memory: bool = False,
         threads: int | None = None,
+        device_id: int = 0,
+        provider_options: Mapping[str, str] | None = None,
     ) -> CascadePipeline:
         """Open a bundle by path or hub id; None is the one shipped in the package.
 
+        Args:
+            bundle: where it is.
+            provider: ``auto``, or a name of `backends.PROVIDERS`.
+            low_memory: keep one engine loaded at a time.
+            threads: threads within an operator, providers of the CPU; None leaves it to the provider.
+            device_id: which GPU.
+            provider_options: settings of the provider in its own words; they override ours.
+
         Raises:
-            BundleError: it is missing, damaged or of a newer format.
-            RequestError: an unknown provider.
+            BundleError: it is missing, damaged or of another format.
+            RequestError: an unknown provider, or an option that is not accepted.
             EngineError: a provider that is not installed.
         """
-        return cls(find_bundle(bundle), provider, low_memory, threads)
+        options = EngineOptions(threads=threads, device_id=device_id, provider_options=dict(provider_options or {}))
+        return cls(find_bundle(bundle), provider, low_memory, options)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of the `tqdm` bar, as in diffusers (``disable=True`` for silence)."""
@@ -88,8 +106,16 @@ class CascadePipeline:
             BundleError: the bundle does not have it.
             EngineError: a tensor is not as the engine takes it.
         """
-        outputs = self._runner.engines.call(name, feeds)
+        with self._runner.turn():
+            outputs = self._runner.engines.call(name, feeds)
         return {key: value for key, value in outputs.items() if isinstance(value, np.ndarray)}
+
+    def interrupt(self) -> None:
+        """Stop the request that runs now before its next step; it raises `GenerationInterrupted`.
+
+        It may be called from a callback or from another thread, and does nothing where no request runs.
+        """
+        self._runner.interrupted.set()
 
     def close(self) -> None:
         """Give back every engine. Closing twice is fine; a closed pipeline refuses to run."""
@@ -103,96 +129,141 @@ class CascadePipeline:
     ) -> None:
         self.close()
 
+    def plan(self, request: Request) -> Plan:
+        """What a request means to this bundle and provider; no engine is opened.
+
+        Raises:
+            RequestError: the bundle does not take it.
+            BundleError: an engine is missing.
+        """
+        if not isinstance(request, Request):
+            raise refused("request", request, "a cascade_rt.Request")
+        return self._runner.plan(request, Tensors(), "picture")
+
+    def run(self, request: Request) -> CascadeOutput:
+        """Make what a request asks for.
+
+        Raises:
+            RequestError: the bundle does not take it.
+            BundleError: an engine is missing or damaged.
+            EngineError: an engine failed, or made numbers that are not finite.
+            GenerationInterrupted: `interrupt` was called.
+        """
+        if not isinstance(request, Request):
+            raise refused("request", request, "a cascade_rt.Request")
+        return self._run(request, Tensors(), StepEnd(self.prior), StepEnd(self.decoder))
+
+    def _run(self, request: Request, given: Tensors, prior_end: StepEnd, end: StepEnd) -> CascadeOutput:
+        planned = self._runner.plan(request, given, "picture")
+        with self._runner.turn():
+            return self._runner.picture(planned, given, prior_end, end)
+
     def __call__(
         self,
         prompt: Prompt | None = None,
-        negative_prompt: Prompt | None = None,
-        *,
+        images: Any = None,
         height: int | None = None,
         width: int | None = None,
         prior_num_inference_steps: int | None = None,
-        prior_guidance_scale: float | None = None,
+        prior_guidance_scale: float | Sequence[float] | None = None,
         num_inference_steps: int | None = None,
-        decoder_guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | None = None,
-        noise: str = "torch-cpu",
-        sampler: SamplerName | None = None,
+        decoder_guidance_scale: float | Sequence[float] | None = None,
+        negative_prompt: Prompt | None = None,
         prompt_embeds: Any = None,
         prompt_embeds_pooled: Any = None,
         negative_prompt_embeds: Any = None,
         negative_prompt_embeds_pooled: Any = None,
+        num_images_per_prompt: int | None = None,
+        generator: Any = None,
         latents: Any = None,
         output_type: str = "pil",
+        return_dict: bool = True,
         prior_callback_on_step_end: Callback | None = None,
+        prior_callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         callback_on_step_end: Callback | None = None,
-    ) -> CascadeOutput:
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        seed: int | Sequence[int] | None = None,
+        noise: NoiseKind | None = None,
+        sampler: SamplerName | None = None,
+        image_embeds: Any = None,
+    ) -> Any:
         """Make pictures.
 
         Args:
             prompt: what to draw, one or several.
-            negative_prompt: what to draw away from where guidance is on; "" if None.
+            images: pictures to vary (PIL), beside or instead of a prompt; needs the image encoder in the bundle.
             height: pixels, 64..4096; sizes the network does not take are rounded up and the picture is cropped.
             width: pixels, likewise.
             prior_num_inference_steps: Stage C calls, 1..1000.
-            prior_guidance_scale: Stage C guidance; up to 1 is none.
+            prior_guidance_scale: Stage C guidance, one number or one for every picture; up to 1 is none.
             num_inference_steps: Stage B calls, 1..1000.
-            decoder_guidance_scale: Stage B guidance; up to 1 is none.
-            num_images_per_prompt: pictures for every prompt.
-            seed: 0..2**64-1; None is a new one every time.
-            noise: ``torch-cpu`` or ``torch-cuda``: whose random numbers a seed stands for.
-            sampler: ``original`` or ``diffusers``.
+            decoder_guidance_scale: Stage B guidance, likewise.
+            negative_prompt: what to draw away from where guidance is on; "" if None.
             prompt_embeds: ``[N, L, E]`` instead of ``prompt``, with ``prompt_embeds_pooled`` ``[N, 1, P]``.
             prompt_embeds_pooled: see there.
             negative_prompt_embeds: ``[N, L, E]`` instead of ``negative_prompt``, with its pooled partner.
             negative_prompt_embeds_pooled: see there.
+            num_images_per_prompt: pictures for every prompt; None: as many as there are seeds, or 1.
+            generator: a fresh torch generator, or an integer, or a list with one for every picture.
             latents: ``[B, 16, h, w]`` initial Stage C noise instead of the seed's.
             output_type: ``pil``, ``np`` or ``latent``.
+            return_dict: False: a tuple with the images instead of `CascadeOutput`.
             prior_callback_on_step_end: called after each Stage C step.
+            prior_callback_on_step_end_tensor_inputs: what it gets: ``latents``, ``x0``.
             callback_on_step_end: called after each Stage B step.
+            callback_on_step_end_tensor_inputs: what it gets.
+            seed: 0..2**64-1: stands for ``generator``; several: one for every picture. None is a new one every time.
+            noise: ``torch-cpu`` or ``torch-cuda``: whose random numbers a seed stands for; None: the CPU's, or those
+                of the generator's device.
+            sampler: ``original`` or ``diffusers``.
+            image_embeds: ``[1, n, I]`` CLIP image embeddings, instead of ``images``.
+
+        Returns:
+            `CascadeOutput`.
 
         Raises:
             RequestError: an argument that is not accepted.
             BundleError: an engine is missing or damaged.
             EngineError: an engine failed, or made numbers that are not finite.
+            GenerationInterrupted: `interrupt` was called.
         """
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        # refuse before the first stage has spent its time
-        engines = ("stage_c.context", "stage_c.step", *decoder_engines(output_type))
-        for name in engines:
-            self._runner.engines.spec(name)
-        source = make_noise(noise, seed)
-        decoding = Loop(
-            num_inference_steps,
-            decoder_guidance_scale,
-            sampler,
-            source,
-            callback=callback_on_step_end,
-            scale_name="decoder_guidance_scale",
+        check_step_end(
+            "prior_callback_on_step_end", prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs
         )
-        _, guidance = self._runner.schedule("stage_b", decoding, self._runner.preset(sampler).decoder)
-        prompts = Prompts(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            prompt_embeds_pooled,
-            negative_prompt_embeds,
-            negative_prompt_embeds_pooled,
+        check_step_end("callback_on_step_end", callback_on_step_end, callback_on_step_end_tensor_inputs)
+        seeds, kind = seeds_and_noise(seed, generator, noise)
+        request = Request(
+            prompt=prompt,  # type: ignore[arg-type]  # a list becomes a tuple
+            negative_prompt=negative_prompt,  # type: ignore[arg-type]
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images_per_prompt,
+            seeds=seeds,
+            noise=kind,
+            sampler=sampler,
+            prior=LoopSettings(
+                num_inference_steps=prior_num_inference_steps,
+                guidance_scale=prior_guidance_scale,  # type: ignore[arg-type]
+            ),
+            decoder=LoopSettings(
+                num_inference_steps=num_inference_steps,
+                guidance_scale=decoder_guidance_scale,  # type: ignore[arg-type]
+            ),
+            output_type=output_type,  # type: ignore[arg-type]
         )
-        loop = Loop(
-            prior_num_inference_steps,
-            prior_guidance_scale,
-            sampler,
-            source,
-            latents,
-            prior_callback_on_step_end,
-            "prior_guidance_scale",
+        given = Tensors(
+            prompt_embeds=prompt_embeds,
+            prompt_embeds_pooled=prompt_embeds_pooled,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_embeds_pooled=negative_prompt_embeds_pooled,
+            image_embeds=self._runner.image_embeds(images, image_embeds),
+            latents=latents,
         )
-        with self._runner.engines.together(*engines):
-            prior, sizes, texts = self.prior.run(
-                prompts, loop, (height, width), num_images_per_prompt, negative_needed=guidance.on
-            )
-            out = self.decoder.run(
-                prior.image_embeddings, texts, decoding, output_type, size=sizes.decoder, crop=sizes.picture
-            )
-        return CascadeOutput(out.images, add_timings(prior.timings, out.timings))
+        out = self._run(
+            request,
+            given,
+            StepEnd(self.prior, prior_callback_on_step_end, tuple(prior_callback_on_step_end_tensor_inputs)),
+            StepEnd(self.decoder, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs)),
+        )
+        return out if return_dict else (out.images,)

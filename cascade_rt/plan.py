@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .errors import BundleError, RequestError, refused, shown
+from .errors import BundleError, RequestError, refused
 from .manifest import EngineRecord, LoopDefaults, Manifest, ModelFacts, SamplerPreset
 from .request import LoopSettings, Request, Tensors, check_pixels, given_or, new_seeds
 from .sampling import SamplerName, Schedule, make_schedule
@@ -138,15 +138,15 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
             latents=(pictures, _channels(spec), *size),
         )
         _check_loop(loop, spec, size)
-        _check_latents("latents" if stage == "stage_c" or part == "decoder" else "decoder_latents", latents, loop)
+        _check_latents(latents, loop)
         loops[stage] = loop
     _check_given(given, records, prompts)
     _check_negative(request, given, prompts)
     prior, decoder = loops["stage_c"], loops["stage_b"]
     full = replace(
         request,
-        height=sizes.picture[0],
-        width=sizes.picture[1],
+        height=request.height if part == "decoder" else given_or(request.height, manifest.model.height),
+        width=request.width if part == "decoder" else given_or(request.width, manifest.model.width),
         num_images_per_prompt=pictures // prompts,
         seeds=seeds,
         sampler=sampler,
@@ -331,7 +331,8 @@ def _schedule(
     model = manifest.models.get(stage)
     if model is None or model.prediction_type is None:
         raise BundleError(
-            f"the bundle does not say what {stage} predicts; export it again", field=f"models['{stage}'].prediction_type"
+            f"the bundle does not say what {stage} predicts; export it again",
+            field=f"models['{stage}'].prediction_type",
         )
     steps = given_or(own.num_inference_steps, defaults.num_inference_steps)
     return make_schedule(
@@ -394,10 +395,10 @@ def _check_loop(loop: LoopPlan, spec: EngineSpec, size: tuple[int, int]) -> None
         )
 
 
-def _check_latents(name: str, latents: Any, loop: LoopPlan) -> None:
+def _check_latents(latents: Any, loop: LoopPlan) -> None:
     if latents is not None and latents.shape != loop.latents:
         raise RequestError(
-            f"{name} has shape {latents.shape}; it must be {loop.latents}", field=name, value=latents.shape
+            f"latents has shape {latents.shape}; it must be {loop.latents}", field="latents", value=latents.shape
         )
 
 
@@ -470,5 +471,3 @@ def _memory(
             if tensor.constant
         )
     return total
-
-

@@ -381,9 +381,36 @@ def _loop_settings(name: str, settings: Any) -> LoopSettings:
     return LoopSettings(num_inference_steps=steps, guidance_scale=scale)
 
 
+def check_absent(name: str, value: Any, why: str) -> None:
+    """Refuse an argument that exists only so that positional arguments stand where diffusers has them.
+
+    Raises:
+        RequestError: it was given.
+    """
+    if value is not None:
+        raise RequestError(f"{name} {shown(value)} is not accepted; {why}", field=name, value=value, accepted="None")
+
+
 def new_seeds(count: int) -> tuple[int, ...]:
     """Seeds of the operating system's choice, 0..2**32-1."""
     return tuple(int(word) for word in np.random.SeedSequence().generate_state(count))
+
+
+def seeds_and_noise(seed: Any, generator: Any, noise: Any) -> tuple[Any, Any]:
+    """The fields ``seeds`` and ``noise`` of a request, for the arguments of a call.
+
+    Raises:
+        RequestError: both a seed and a generator, or a generator whose device is not that of ``noise``.
+    """
+    if generator is None:
+        seeds = seed if seed is None or isinstance(seed, list | tuple) else (seed,)
+        return seeds, "torch-cpu" if noise is None else noise
+    if seed is not None:
+        raise RequestError("give either seed or generator, and not both", field="seed")
+    seeds, kind = seeds_of_generator(generator)
+    if noise is not None and noise != kind:
+        raise RequestError(f"noise {shown(noise)} is not that of the generator, which is {kind}", field="noise")
+    return seeds, kind
 
 
 def seeds_of_generator(generator: Any) -> tuple[tuple[int, ...], NoiseKind]:

@@ -1,165 +1,111 @@
-"""What both halves of a cascade share: text embeddings, schedules, and the denoising loop."""
+"""A planned request at work: conditions, Stage C, Stage B, Stage A, in this order, through the engines of a bundle."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import DeviceTensor, Value
-from .bundle import Bundle, LoopDefaults, SamplerPreset
-from .errors import BundleError, CascadeError, EngineError, RequestError
+from .backends.base import EngineOptions
+from .bundle import Bundle
+from .conditions import Embeddings, embed, encode_texts, host
+from .errors import BundleError, EngineError, GenerationInterrupted, RequestError, refused, shown
+from .image import clip_pixels, crop_center, resize_bilinear, to_pil
 from .loader import EngineLoader
-from .noise import Noise
-from .request import as_array, as_prompts, check_choice, check_scale
-from .sampling import (
-    SAMPLERS,
-    SamplerName,
-    Schedule,
-    denoise_step,
-    guide,
-    make_schedule,
-    predict_x0,
-    timestep_embedding,
-)
+from .loop import Context, Denoising, Step, StepBatch
+from .noise import Noise, PictureNoise
+from .outputs import CascadeOutput, PriorOutput
+from .plan import LoopPlan, Part, Plan, plan
+from .request import Request, Tensors, as_array, check_tensors
+from .sampling import timestep_embedding
+from .stages import ENGINES
 
 Array = NDArray[np.float32]
-Prompt = str | Sequence[str]
-DenoiserName = Literal["stage_c", "stage_b"]
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 """``callback(pipe, step, timestep ratio, {"latents": ...})``, as in diffusers; may return changed latents."""
 
-
-@dataclass(frozen=True)
-class Prompts:
-    """What a caller gives to be drawn: text or embeddings; None where not given. See `CascadePipeline`."""
-
-    prompt: Any = None
-    negative_prompt: Any = None
-    prompt_embeds: Any = None
-    prompt_embeds_pooled: Any = None
-    negative_prompt_embeds: Any = None
-    negative_prompt_embeds_pooled: Any = None
-
-    def count(self) -> int:
-        """How many prompts there are.
-
-        Raises:
-            RequestError: both text and embeddings, or neither, or embeddings without the pooled ones.
-        """
-        pooled = self.prompt_embeds_pooled
-        if (self.prompt is None) == (self.prompt_embeds is None and pooled is None):
-            raise RequestError("give either prompt or prompt_embeds with prompt_embeds_pooled, and not both")
-        if self.prompt is not None:
-            return len(as_prompts("prompt", self.prompt))
-        if pooled is None:
-            raise RequestError("prompt_embeds is given without prompt_embeds_pooled; they go together")
-        return len(as_array("prompt_embeds_pooled", pooled, (None, 1, None)))
+CALLBACK_TENSORS = ("latents", "x0")
+"""What ``callback_on_step_end_tensor_inputs`` may name; only ``latents`` may be returned changed."""
+MAX_IMAGES = 8
 
 
 @dataclass(frozen=True)
-class Loop:
-    """How a caller wants a stage sampled; None means as the bundle says.
+class StepEnd:
+    """Whom to tell at the end of every step of a loop.
 
     Attributes:
-        steps: network calls.
-        scale: guidance scale.
-        sampler: whose.
-        noise: where latents and each step's noise come from.
-        latents: initial noise instead of the source's.
-        callback: called after each step.
-        scale_name: what the caller calls ``scale``.
+        owner: the pipeline that the callback gets to see.
+        callback: None: nobody.
+        tensors: names of `CALLBACK_TENSORS` that it gets.
     """
 
-    steps: int | None
-    scale: float | None
-    sampler: SamplerName | None
-    noise: Noise
-    latents: Any = None
+    owner: Any
     callback: Callback | None = None
-    scale_name: str = "guidance_scale"
+    tensors: tuple[str, ...] = ("latents",)
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance of a loop; see `sampling.guide`."""
+def check_step_end(name: str, callback: Any, tensors: Any) -> None:
+    """Refuse a callback that cannot be called, or that asks for tensors that there are not.
 
-    scale: float
-    rescale: float
-
-    @property
-    def on(self) -> bool:
-        """Whether the batch is doubled. As in diffusers, a scale of up to 1 is no guidance."""
-        return self.scale > 1
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Text embeddings, one row a picture; the negative ones are None where no guidance is wanted.
-
-    Attributes:
-        prompt: ``[B, L, E]`` float32, hidden states; None where only the decoder will use them.
-        pooled: ``[B, 1, P]`` float32.
-        negative: like ``prompt``.
-        negative_pooled: like ``pooled``.
+    Raises:
+        RequestError: with the argument's name.
     """
-
-    prompt: Array | None
-    pooled: Array
-    negative: Array | None = None
-    negative_pooled: Array | None = None
+    if callback is not None and not callable(callback):
+        raise refused(name, callback, "a function of (pipe, step, timestep, kwargs)")
+    known = ", ".join(CALLBACK_TENSORS)
+    if not isinstance(tensors, list | tuple) or any(t not in CALLBACK_TENSORS for t in tensors):
+        raise refused(f"{name}_tensor_inputs", tensors, f"a list of names out of {known}")
 
 
 class Runner:
-    """A bundle at work."""
+    """The engines of a bundle, and the runs of planned requests through them. One run at a time."""
 
-    def __init__(self, bundle: Bundle, provider: str, low_memory: bool, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, provider: str, low_memory: bool, options: EngineOptions) -> None:
         """Prepare to run a bundle. See `CascadePipeline`."""
         self.bundle = bundle
-        self.engines = EngineLoader(bundle, provider, low_memory, threads)
+        self.engines = EngineLoader(bundle, provider, low_memory, options)
         self.bar: dict[str, Any] = {"disable": None}  # None: a bar on a terminal, nothing when piped
+        self.interrupted = threading.Event()
+        self._turn = threading.Lock()
+        self._running: int | None = None
 
-    def preset(self, sampler: SamplerName | None) -> SamplerPreset:
-        """The settings of a sampler; None is the bundle's default.
-
-        Raises:
-            RequestError: a sampler that the bundle has no settings for.
-        """
-        manifest = self.bundle.manifest
-        name = manifest.model.default_sampler if sampler is None else sampler
-        check_choice("sampler", name, [s for s in SAMPLERS if s in manifest.sampling])
-        return manifest.sampling[name]
-
-    def sampler_name(self, sampler: SamplerName | None) -> SamplerName:
-        """The sampler that None stands for."""
-        return self.bundle.manifest.model.default_sampler if sampler is None else sampler
-
-    def schedule(self, stage: DenoiserName, loop: Loop, defaults: LoopDefaults) -> tuple[Schedule, Guidance]:
-        """The tables and the guidance of a stage's loop.
+    def plan(self, request: Request, given: Tensors, part: Part) -> Plan:
+        """Plan a request for the engines that the provider runs.
 
         Raises:
-            RequestError: a number of steps or a scale that is not accepted.
-            BundleError: the bundle does not say what the stage predicts.
+            RequestError: it is not accepted.
+            BundleError: an engine is missing, with the command that adds it.
         """
-        model = self.bundle.manifest.models.get(stage)
-        if model is None or model.prediction_type is None:
-            raise BundleError(f"the bundle {self.bundle.path} does not say what {stage} predicts; export it again")
-        schedule = make_schedule(
-            self.sampler_name(loop.sampler),
-            or_default(loop.steps, defaults.num_inference_steps),
-            model.prediction_type,
-            shift=defaults.shift,
-            scaler=defaults.scaler,
-            s=defaults.s,
-        )
-        scale = check_scale(loop.scale_name, or_default(loop.scale, defaults.guidance_scale))
-        return schedule, Guidance(scale, defaults.guidance_rescale)
+        try:
+            return plan(request, self.engines.manifest, check_tensors(given), part)
+        except BundleError as error:
+            if error.field in ENGINES:
+                self.engines.record(error.field)  # says what the bundle has, and which command adds the engine
+            raise
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within, this thread alone runs engines; others wait.
+
+        Raises:
+            RequestError: a callback calls the pipeline that is calling it.
+        """
+        if self._running == threading.get_ident():
+            raise RequestError("a pipeline cannot be called from its own callback; use a second pipeline there")
+        with self._turn:
+            self._running = threading.get_ident()
+            self.interrupted.clear()
+            try:
+                yield
+            finally:
+                self._running = None
 
     @contextmanager
     def timed(self, timings: dict[str, float], name: str) -> Iterator[None]:
@@ -167,59 +113,188 @@ class Runner:
         started, loaded = time.perf_counter(), self.engines.seconds
         yield
         loading = self.engines.seconds - loaded
-        timings[name] = time.perf_counter() - started - loading
+        timings[name] = timings.get(name, 0.0) + time.perf_counter() - started - loading
         timings["load"] = timings.get("load", 0.0) + loading
 
-    def latents(self, loop: Loop, shape: tuple[int, ...]) -> Array:
-        """The caller's initial noise, or the source's, which is drawn only then.
+    def encode(self, texts: Sequence[str]) -> tuple[Array, Array]:
+        """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of texts."""
+        return encode_texts(texts, self.bundle.tokenizer(), self.engines.call)
+
+    def image_embeds(self, images: Any, embeds: Any) -> Any:
+        """CLIP embeddings ``[1, n, I]`` of pictures to vary, one to `MAX_IMAGES` of them; or those that are given.
 
         Raises:
-            RequestError: the caller's has another shape, or is not finite.
+            RequestError: both are given, or something that is no picture.
+            BundleError: the bundle has no image encoder.
         """
-        given = loop.noise.normal(shape) if loop.latents is None else loop.latents
-        return as_array("latents", given, shape)
+        if images is None:
+            return embeds
+        if embeds is not None:
+            raise RequestError("give either images or image_embeds, and not both", field="images")
+        several = list(images) if isinstance(images, list | tuple) else [images]
+        if not 1 <= len(several) <= MAX_IMAGES:
+            raise refused("images", images, f"a picture, or a list of 1 to {MAX_IMAGES}")
+        side = self.engines.record("image_encoder").spec.tensor("pixel_values").axes[2]
+        assert isinstance(side, int)
+        pixels = np.stack([clip_pixels(f"images[{index}]", one, side) for index, one in enumerate(several)])
+        with self.turn():
+            out = self.engines.call("image_encoder", {"pixel_values": pixels})
+        return host(out, "image_embeds").transpose(1, 0, 2)
 
-    def encode(self, texts: Sequence[str]) -> tuple[Array, Array]:
-        """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of prompts; equal prompts are encoded once."""
-        unique = list(dict.fromkeys(texts))
-        ids, mask = self.bundle.tokenizer()(unique)
-        out = self.engines.call("text_encoder", {"input_ids": ids, "attention_mask": mask})
-        rows = [unique.index(text) for text in texts]
-        return host(out, "hidden_states")[rows], host(out, "pooled")[rows]
+    def picture(self, planned: Plan, given: Tensors, prior_end: StepEnd, end: StepEnd) -> CascadeOutput:
+        """Run a plan whose part is ``picture``.
 
-    def texts(self, given: Prompts, images: int, guided: bool) -> Embeddings:
-        """Embeddings for ``images`` pictures of every prompt; the negative ones only if ``guided``."""
-        count = given.count()
-        negative, negative_pooled = given.negative_prompt_embeds, given.negative_prompt_embeds_pooled
-        if given.negative_prompt is not None and negative is not None:
-            raise RequestError("give either negative_prompt or negative_prompt_embeds, and not both")
-        if (negative is None) != (negative_pooled is None):
-            raise RequestError("negative_prompt_embeds and negative_prompt_embeds_pooled go together")
-        embeds, pooled = given.prompt_embeds, given.prompt_embeds_pooled
-        prompts = [] if given.prompt is None else as_prompts("prompt", given.prompt)
-        if not prompts:
-            pooled = as_array("prompt_embeds_pooled", pooled, (count, 1, None))
-            embeds = None if embeds is None else as_array("prompt_embeds", embeds, (count, None, None))
-        unwanted: list[str] = []
-        if guided and negative is None:
-            given_negative = given.negative_prompt
-            unwanted = [""] if given_negative is None else as_prompts("negative_prompt", given_negative)
-            if len(unwanted) not in (1, count):
-                raise RequestError(f"there are {len(unwanted)} negative prompts for {count} prompts; give 1 or {count}")
-            unwanted = unwanted * (count if len(unwanted) == 1 else 1)
-        elif guided:
-            negative_pooled = as_array("negative_prompt_embeds_pooled", negative_pooled, (count, 1, None))
-            negative = as_array("negative_prompt_embeds", negative, (count, None, None))
-        else:
-            negative = negative_pooled = None
-        if prompts or unwanted:
-            hidden, states = self.encode([*prompts, *unwanted])
-            if prompts:
-                embeds, pooled = hidden[:count], states[:count]
-            if unwanted:
-                negative, negative_pooled = hidden[len(prompts) :], states[len(prompts) :]
-        each = [None if x is None else np.repeat(x, images, axis=0) for x in (embeds, negative, negative_pooled)]
-        return Embeddings(each[0], np.repeat(pooled, images, axis=0), each[1], each[2])
+        Args:
+            planned: from `plan`.
+            given: the arrays that it was planned with.
+            prior_end: told of Stage C's steps.
+            end: told of Stage B's steps.
+        """
+        timings: dict[str, float] = {}
+        given = check_tensors(given)
+        noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
+        with self.engines.together(*planned.engines):
+            with self.timed(timings, "text_encoder"):
+                texts = embed(planned, given, self.encode)
+            embeddings = self._prior(planned, given, texts, noise, prior_end, timings)
+            return self._decode(planned, given, embeddings, texts, noise, end, timings)
+
+    def prior(self, planned: Plan, given: Tensors, end: StepEnd) -> PriorOutput:
+        """Run a plan whose part is ``prior``; arguments as in `picture`."""
+        timings: dict[str, float] = {}
+        given = check_tensors(given)
+        noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
+        with self.engines.together(*planned.engines):
+            with self.timed(timings, "text_encoder"):
+                texts = embed(planned, given, self.encode)
+            embeddings = self._prior(planned, given, texts, noise, end, timings)
+        assert texts.prompt is not None  # a plan of the prior has a prompt or its embeddings
+        return PriorOutput(
+            image_embeddings=embeddings,
+            prompt_embeds=texts.prompt,
+            prompt_embeds_pooled=texts.pooled,
+            negative_prompt_embeds=texts.negative,
+            negative_prompt_embeds_pooled=texts.negative_pooled,
+            seeds=planned.seeds,
+            timings=timings,
+        )
+
+    def decoder(self, planned: Plan, given: Tensors, end: StepEnd) -> CascadeOutput:
+        """Run a plan whose part is ``decoder``; arguments as in `picture`."""
+        timings: dict[str, float] = {}
+        given = check_tensors(given)
+        noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
+        embeddings = np.repeat(given.image_embeddings, planned.pictures // len(given.image_embeddings), axis=0)
+        with self.engines.together(*planned.engines):
+            with self.timed(timings, "text_encoder"):
+                texts = embed(planned, given, self.encode)
+            return self._decode(planned, given, embeddings, texts, noise, end, timings)
+
+    def _prior(
+        self,
+        planned: Plan,
+        given: Tensors,
+        texts: Embeddings,
+        noise: Noise,
+        end: StepEnd,
+        timings: dict[str, float],
+    ) -> Array:
+        """Stage C: embeddings -> ``[B, 16, h, w]`` float32."""
+        loop = planned.prior
+        assert loop is not None  # a plan with this part has it
+        assert texts.prompt is not None
+        with self.timed(timings, "stage_c"):
+            denoising = self._begin(loop, given.latents, noise)
+            image_dim = self.engines.record("stage_c.context").spec.tensor("clip_img").axes[2]
+            images = np.zeros((1, 1, image_dim), np.float32) if given.image_embeds is None else given.image_embeds
+            clip_img = np.repeat(images, planned.pictures, axis=0)
+            conditions = {
+                "clip_text": denoising.with_negative(texts.prompt, texts.negative),
+                "clip_text_pooled": denoising.with_negative(texts.pooled, texts.negative_pooled),
+                "clip_img": denoising.with_negative(clip_img, np.zeros_like(clip_img)),
+            }
+            return self._denoise(loop, denoising, conditions, end)
+
+    def _decode(
+        self,
+        planned: Plan,
+        given: Tensors,
+        image_embeddings: Array,
+        texts: Embeddings,
+        noise: Noise,
+        end: StepEnd,
+        timings: dict[str, float],
+    ) -> CascadeOutput:
+        """Stages B and A: ``[B, 16, h, w]`` float32 -> pictures."""
+        loop = planned.decoder
+        assert loop is not None  # a plan with this part has it
+        with self.timed(timings, "stage_b"):
+            denoising = self._begin(loop, given.decoder_latents, noise)
+            # Stage B's grid: what the context engine's formulas give for the size of the latents
+            spec = self.engines.record("stage_b.context").spec
+            sizes = {"batch": planned.pictures, "height": loop.latents[2], "width": loop.latents[3]}
+            effnet = resize_bilinear(image_embeddings, *spec.tensor("effnet").shape(sizes)[2:])
+            conditions = {
+                "clip_text_pooled": denoising.with_negative(texts.pooled, texts.negative_pooled),
+                "effnet": denoising.with_negative(effnet, np.zeros_like(effnet)),
+            }
+            result = self._denoise(loop, denoising, conditions, end)
+        if planned.request.output_type == "latent":
+            return CascadeOutput(result, seeds=planned.seeds, timings=timings)
+        with self.timed(timings, "stage_a"):
+            pixels = self._pixels(result * np.float32(planned.latent_scale), planned.sizes.picture)
+            images = pixels if planned.request.output_type == "np" else to_pil(pixels)
+        return CascadeOutput(images, seeds=planned.seeds, timings=timings)
+
+    def _begin(self, loop: LoopPlan, latents: Array | None, noise: Noise) -> Denoising:
+        """A loop at its beginning; initial latents are drawn only where none are given."""
+        return Denoising(
+            schedule=loop.schedule,
+            latents=noise.normal(loop.latents) if latents is None else latents,
+            noise=noise,
+            scales=loop.scales,
+            rescale=loop.rescale,
+            name=loop.stage,
+        )
+
+    def _denoise(self, loop: LoopPlan, denoising: Denoising, conditions: Mapping[str, Array], end: StepEnd) -> Array:
+        """A denoiser's loop: ``[B, C, H, W]`` float32."""
+        context = self._context(loop, conditions)
+        with self.engines.engine(f"{loop.stage}.step") as engine:
+            batch = StepBatch(engine, [(denoising, context)])
+            for _ in self._with_bar(range(len(loop.schedule)), f"stage {loop.stage[-1]}"):
+                self._check_interrupt(denoising)
+                ratio = denoising.ratio
+                (step,) = batch.step()
+                _tell(end, denoising, step, ratio)
+        return denoising.result
+
+    def _context(self, loop: LoopPlan, conditions: Mapping[str, Array]) -> Context:
+        """What the context engine makes of the conditions and the schedule; it stays where the engine runs."""
+        with self.engines.engine(f"{loop.stage}.context") as engine:
+            dim = engine.spec.tensor("timestep_embedding").axes[1]
+            assert isinstance(dim, int)
+            feeds = {"timestep_embedding": timestep_embedding(loop.schedule.ratios, dim), **conditions}
+            outputs = engine.bind({})(feeds)
+        return {name: value for name, value in outputs.items() if not isinstance(value, np.ndarray)}
+
+    def _pixels(self, latents: Array, size: tuple[int, int]) -> Array:
+        """Scaled latents -> ``[B, H, W, 3]`` float32 in 0..1, cropped to (height, width).
+
+        Raises:
+            EngineError: the engine made numbers that are not finite.
+        """
+        decoded = host(self.engines.call("stage_a.decode", {"latents": latents}), "pixels")
+        if not np.isfinite(decoded).all():
+            raise EngineError("stage_a.decode made numbers that are not finite; export it with --precision fp32")
+        pixels = np.clip(decoded, 0, 1).transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(crop_center(pixels, *size))
+
+    def _check_interrupt(self, denoising: Denoising) -> None:
+        if self.interrupted.is_set():
+            raise GenerationInterrupted(
+                f"interrupted before step {denoising.step + 1} of {len(denoising.schedule)} of {denoising.name}"
+            )
 
     def _with_bar(self, steps: range, label: str) -> Iterable[int]:
         """Steps behind a progress bar, if anybody sees one: to import tqdm takes 30 ms."""
@@ -232,87 +307,18 @@ class Runner:
         bar: Iterable[int] = tqdm(steps, desc=label, leave=False, **self.bar)
         return bar
 
-    def denoise(
-        self,
-        stage: DenoiserName,
-        loop: Loop,
-        schedule: Schedule,
-        guidance: Guidance,
-        latents: Array,
-        conditions: Mapping[str, Array],
-        owner: object,
-    ) -> Array:
-        """The loop of either denoiser.
 
-        Args:
-            stage: whose engines.
-            loop: where each step's noise comes from, and who is told of it.
-            schedule: its tables.
-            guidance: scale and rescale.
-            latents: ``[B, C, H, W]`` float32 initial noise.
-            conditions: inputs of the context engine beside the embedding; ``[2B, ...]`` with guidance, prompt first.
-            owner: the pipeline that the callback gets to see.
-
-        Returns:
-            ``[B, C, H, W]`` float32.
-        """
-        with self.engines.engine(f"{stage}.context") as engine:
-            dim = int(next(t.axes[1] for t in engine.spec.inputs if t.name == "timestep_embedding"))
-            feeds = {"timestep_embedding": timestep_embedding(schedule.ratios, dim), **conditions}
-            context = _on_device(engine.bind({})(feeds))
-        result = latents
-        with self.engines.engine(f"{stage}.step") as engine:
-            run = engine.bind(context)
-            for step in self._with_bar(range(len(schedule)), f"stage {stage[-1]}"):
-                batch = np.concatenate([latents, latents]) if guidance.on else latents
-                prediction = host(run({"latents": batch, "step": np.array([step])}), "prediction")
-                if not np.isfinite(prediction).all():
-                    raise EngineError(
-                        f"{stage} made numbers that are not finite in step {step + 1} of {len(schedule)}; "
-                        "its precision overflows: export it with --precision bf16 or fp32"
-                    )
-                if guidance.on:
-                    count = len(latents)
-                    prediction = guide(prediction[:count], prediction[count:], guidance.scale, guidance.rescale)
-                before, noise = latents, loop.noise.normal(latents.shape)
-                latents = denoise_step(schedule, step, before, prediction, noise)
-                result = predict_x0(schedule, step, before, prediction) if schedule.returns_x0 else latents
-                if loop.callback is not None:
-                    changed = loop.callback(owner, step, float(schedule.ratios[step]), {"latents": latents})
-                    if changed is not None and not isinstance(changed, Mapping):
-                        raise RequestError(
-                            f"a callback returned {type(changed).__name__}; it may return a dict or None"
-                        )
-                    if changed and "latents" in changed:
-                        latents = as_array("the callback's latents", changed["latents"], latents.shape)
-                        if not schedule.returns_x0:  # an x0 that has been predicted stays what it was
-                            result = latents
-        return result
-
-
-def with_negative(conditional: Array, unconditional: Array | None) -> Array:
-    """Prompt and negative prompt as one batch, for guidance."""
-    if unconditional is None:
-        raise CascadeError("guidance is on but there is no negative embedding")  # texts has made one
-    if conditional.shape != unconditional.shape:
-        raise RequestError(
-            f"prompt and negative prompt embeddings differ in shape: {conditional.shape} and {unconditional.shape}"
-        )
-    return np.concatenate([conditional, unconditional])
-
-
-def host(outputs: Mapping[str, Value], name: str) -> Array:
-    """An output that NumPy may see."""
-    value = outputs[name]
-    if not isinstance(value, np.ndarray):
-        raise EngineError(f"{name} stayed on the device")
-    return value
-
-
-def _on_device(outputs: Mapping[str, Value]) -> dict[str, DeviceTensor]:
-    return {name: value for name, value in outputs.items() if not isinstance(value, np.ndarray)}
-
-
-def or_default(value: Any, default: Any) -> Any:
-    """``value`` unless it is None; 0 is a value."""
-    return default if value is None else value
+def _tell(end: StepEnd, denoising: Denoising, step: Step, ratio: float) -> None:
+    """Call the callback, and go on from the latents that it returns, if any."""
+    if end.callback is None:
+        return
+    tensors = {name: getattr(step, name) for name in end.tensors}
+    changed = end.callback(end.owner, step.index, ratio, tensors)
+    if changed is None:
+        return
+    if not isinstance(changed, Mapping):
+        raise RequestError(f"a callback returned {type(changed).__name__}; it may return a dict or None")
+    if unknown := [name for name in changed if name != "latents" and name not in CALLBACK_TENSORS]:
+        raise RequestError(f"a callback returned {shown(unknown[0])}; it may change latents")
+    if "latents" in changed and changed["latents"] is not step.latents:
+        denoising.replace_latents(as_array("the callback's latents", changed["latents"], step.latents.shape))

@@ -1,9 +1,9 @@
 """The one table of every engine's tensors: name, dtype, axes, range, feature, and "is it the same for every step?".
 
 Export, verification, manifests, runtime checks and documentation are derived from `ENGINES`. The size of an axis is a
-formula (`Axis`) of the names that have an `AxisRange`: ``4*height``, ``tokens+4*images+4``. So the shape of every output
-is computed from the inputs, and compared with what an engine returns. In the table a formula may also name a number of
-the checkpoint (``latent_channels``); `EngineSpec.resolve` puts the number in its place.
+formula (`Axis`) of the names that have an `AxisRange`: ``4*height``, ``tokens+4*images+4``. So the shape of every
+output is computed from the inputs, and compared with what an engine returns. In the table a formula may also name a
+number of the checkpoint (``latent_channels``); `EngineSpec.resolve` puts the number in its place.
 """
 
 from __future__ import annotations
@@ -495,9 +495,7 @@ ENGINES: dict[str, EngineSpec] = {
             stage="effnet",
             model="effnet",
             inputs=(tensor_row("pixels", "float32", "batch 3 height width", "0..1"),),
-            outputs=(
-                tensor_row("latents", "float32", "batch latent_channels height/32 width/32", "Stage C latents"),
-            ),
+            outputs=(tensor_row("latents", "float32", "batch latent_channels height/32 width/32", "Stage C latents"),),
             ranges={"batch": _BATCH, "height": _PIXELS, "width": _PIXELS},
             grids=_ON_GRID,
         ),

@@ -1,0 +1,88 @@
+"""What a denoiser is told beside the latents: text and image embeddings, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.base import Value
+from .errors import EngineError
+from .plan import Plan
+from .request import Tensors
+from .text import PromptTokenizer
+
+Array = NDArray[np.float32]
+RunEngine = Callable[[str, Mapping[str, NDArray[Any]]], Mapping[str, Value]]
+"""(engine name, inputs) -> outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """Text embeddings, one row a picture; the negative ones are None where no picture is guided.
+
+    Attributes:
+        prompt: ``[B, L, E]`` float32, hidden states; None where only the decoder will use them.
+        pooled: ``[B, 1, P]`` float32.
+        negative: like ``prompt``.
+        negative_pooled: like ``pooled``.
+    """
+
+    prompt: Array | None
+    pooled: Array
+    negative: Array | None = None
+    negative_pooled: Array | None = None
+
+
+def host(outputs: Mapping[str, Value], name: str) -> Array:
+    """An output that NumPy may see.
+
+    Raises:
+        EngineError: it stayed on the device.
+    """
+    value = outputs[name]
+    if not isinstance(value, np.ndarray):
+        raise EngineError(f"{name} stayed on the device")
+    return value
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PromptTokenizer, run: RunEngine) -> tuple[Array, Array]:
+    """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of texts; equal texts are encoded once."""
+    unique = list(dict.fromkeys(texts))
+    ids, mask = tokenizer(unique)
+    out = run("text_encoder", {"input_ids": ids, "attention_mask": mask})
+    rows = [unique.index(text) for text in texts]
+    return host(out, "hidden_states")[rows], host(out, "pooled")[rows]
+
+
+def embed(planned: Plan, given: Tensors, encode: Callable[[Sequence[str]], tuple[Array, Array]]) -> Embeddings:
+    """The text embeddings of every picture.
+
+    Args:
+        planned: which prompts, and whether any picture is guided.
+        given: embeddings in the place of prompts.
+        encode: texts -> hidden states and pooled; called once at the most.
+    """
+    request = planned.request
+    prompts = list(request.prompts or ())
+    count = len(prompts) or len(given.prompt_embeds_pooled)
+    unwanted: list[str] = []
+    if planned.needs_negative and given.negative_prompt_embeds is None:
+        negatives = request.negative_prompts or ("",)
+        unwanted = list(negatives) * (count if len(negatives) == 1 else 1)
+    positive = (given.prompt_embeds, given.prompt_embeds_pooled)
+    negative = (given.negative_prompt_embeds, given.negative_prompt_embeds_pooled)
+    if not planned.needs_negative:
+        negative = (None, None)
+    if prompts or unwanted:
+        hidden, pooled = encode([*prompts, *unwanted])
+        if prompts:
+            positive = hidden[:count], pooled[:count]
+        if unwanted:
+            negative = hidden[len(prompts) :], pooled[len(prompts) :]
+    each = [None if x is None else np.repeat(x, planned.pictures // count, axis=0) for x in (*positive, *negative)]
+    assert each[1] is not None  # a plan has a prompt or its pooled embedding
+    return Embeddings(prompt=each[0], pooled=each[1], negative=each[2], negative_pooled=each[3])

@@ -1,0 +1,46 @@
+"""Entry points of ``cascade-run`` and ``cascade-info``; NumPy is imported once Ctrl-C is answered with one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .commands import run_command
+
+FLAGS = {
+    "prompt": "PROMPT",
+    "negative_prompt": "--negative",
+    "height": "--size: height",
+    "width": "--size: width",
+    "num_images_per_prompt": "--images",
+    "seeds": "--seed",
+    "sampler": "--sampler",
+    "provider": "--provider",
+    "threads": "--threads",
+    "prior.num_inference_steps": "--steps",
+    "prior.guidance_scale": "--guidance",
+    "decoder.num_inference_steps": "--decoder-steps",
+    "decoder.guidance_scale": "--decoder-guidance",
+}
+"""Field of a `Request` -> what the command line calls it."""
+
+
+def main_run(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``cascade-run``; returns the exit code."""
+
+    def command() -> None:
+        from . import cli
+
+        cli.generate(cli.run_parser().parse_args(argv))
+
+    return run_command(command, FLAGS)
+
+
+def main_info(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``cascade-info``; returns the exit code."""
+
+    def command() -> None:
+        from . import cli
+
+        cli.show(cli.info_parser().parse_args(argv))
+
+    return run_command(command)
