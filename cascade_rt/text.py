@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .errors import BundleError
+from .errors import BundleError, plain, shortened, shown
+from .files import MIB, name_of, read_bounded
+from .manifest import TokenizerRecord
 
 Ids = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class TokenizerRecord:
-    """What a manifest says of its tokenizer.
-
-    Attributes:
-        file: ``tokenizer.json`` inside the bundle.
-        max_length: tokens the text encoder takes, start and end tokens included.
-        pad_id: id that fills a prompt up to ``max_length``.
-    """
-
-    file: str
-    max_length: int
-    pad_id: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As a manifest record."""
-        return asdict(self)
+MAX_TOKENIZER_BYTES = 64 * MIB
 
 
 class PromptTruncatedWarning(UserWarning):
@@ -44,14 +26,36 @@ class PromptTokenizer:
     """A CLIP tokenizer: start token, words, end token, padding to a fixed length."""
 
     def __init__(self, path: Path, record: TokenizerRecord) -> None:
+        """Read a tokenizer.
+
+        Args:
+            path: ``tokenizer.json``.
+            record: what the manifest says of it.
+
+        Raises:
+            BundleError: it is missing, or no tokenizer that gives a prompt a start and an end.
+        """
         self._record = record
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for every kind of damage
-            raise BundleError(f"{path} is not a readable tokenizer.json: {error}") from error
-        # a tokenizer.json keeps the settings of its last use; ours are in the manifest
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+            data = read_bounded(path, MAX_TOKENIZER_BYTES, BundleError)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(f"there is no tokenizer at {name_of(path)}") from None
+        try:
+            self._tokenizer = Tokenizer.from_buffer(data)
+            # a tokenizer.json keeps the settings of its last use; ours are in the manifest
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            ends = self._tokenizer.encode("").ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception for damage, and no Exception where it panics
+            reason = shortened(plain(str(error)), 200)
+            raise BundleError(f"{name_of(path)} is not a readable tokenizer.json: {reason}") from None
+        if not 2 <= len(ends) <= record.max_length:
+            raise BundleError(
+                f"{name_of(path)} gives an empty prompt {len(ends)} tokens; it must be 2 (a start and an end) "
+                f"to {record.max_length}"
+            )
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
         """Tokenize.
@@ -71,7 +75,8 @@ class PromptTokenizer:
                 # the prompt's own words from the first lost token on; the last token is the end token
                 lost = prompts[row][encoding.offsets[length - 1][0] :].strip()
                 warnings.warn(
-                    f"the text encoder takes {length} tokens; this part of the prompt was cut off: {_short(lost)}",
+                    f"the text encoder takes {length} tokens; this part of the prompt was cut off: {shown(lost)} "
+                    f"({len(lost)} characters)",
                     PromptTruncatedWarning,
                     stacklevel=3,
                 )
@@ -79,10 +84,3 @@ class PromptTokenizer:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return ids, mask
-
-
-def _short(text: str, limit: int = 120) -> str:
-    """A text in quotes, its middle left out where it is long."""
-    if len(text) <= limit:
-        return repr(text)
-    return f"{text[: limit // 2]!r} ... {text[-limit // 2 :]!r} ({len(text)} characters)"

@@ -1,60 +1,51 @@
-"""One file an engine runtime, behind the protocol of `base`."""
+"""Who runs engines: the table of providers, and one file a runtime behind the protocol of `base`.
+
+Nothing here knows a bundle: an engine is opened from its manifest record and the path of its file.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
 
-from ..bundle import Bundle, EngineRecord
-from ..errors import EngineError, RequestError
-from ..shapes import DEFAULT_SHAPES, narrow
-from .base import BoundEngine, DeviceTensor, Engine, Value
+from ..errors import EngineError, RequestError, refused, shown
+from ..manifest import EngineRecord, Runtime
+from ..stages import DType
+from .base import BoundEngine, DeviceTensor, Engine, EngineOptions, StaleEngineError, Value
+from .providers import PROVIDERS, Provider, install_command
 
 __all__ = [
     "PROVIDERS",
     "BoundEngine",
     "DeviceTensor",
     "Engine",
+    "EngineOptions",
     "Provider",
+    "StaleEngineError",
     "Value",
+    "check_options",
+    "computes",
     "engine_runtime",
-    "find_record",
     "open_engine",
     "resolve_provider",
 ]
 
-
-@dataclass(frozen=True)
-class Provider:
-    """What runs engines.
-
-    Attributes:
-        extra: of this package, that installs it.
-        runtime: the kind of engine that it runs: ``onnx`` graphs, or plans.
-        device: where it computes, in PyTorch's words.
-    """
-
-    extra: str
-    runtime: Literal["onnx", "tensorrt", "tensorrt-rtx"] = "onnx"
-    device: Literal["cpu", "cuda"] = "cuda"
+MAX_THREADS = 1024
 
 
-PROVIDERS: dict[str, Provider] = {
-    "cpu": Provider("onnxruntime", device="cpu"),
-    "openvino": Provider("openvino", device="cpu"),
-    "cuda": Provider("onnxruntime-gpu"),
-    "ort-tensorrt": Provider("ort-tensorrt"),
-    "tensorrt": Provider("tensorrt", "tensorrt"),
-    "tensorrt-rtx": Provider("tensorrt-rtx", "tensorrt-rtx"),
-}
-"""Everything that ``--provider`` takes, beside ``auto``."""
-
-
-def engine_runtime(provider: str) -> str:
-    """The kind of engine that a provider runs: ``onnx`` graphs or plans."""
+def engine_runtime(provider: str) -> Runtime:
+    """The kind of engine file that a provider runs: ``onnx`` graphs, or engine files of TensorRT."""
     return PROVIDERS[provider].runtime
+
+
+def computes(provider: str) -> tuple[DType, ...]:
+    """Compute dtypes of the engines that a provider runs on this machine."""
+    if provider == "openvino":
+        from .openvino import processor_computes
+
+        return processor_computes()
+    return PROVIDERS[provider].computes
 
 
 def resolve_provider(provider: str) -> str:
@@ -62,21 +53,26 @@ def resolve_provider(provider: str) -> str:
 
     ``auto`` is CUDA where ONNX Runtime and the machine have it, else the CPU provider; OpenVINO where it is asked for
     or alone. TensorRT is always asked for by name: `ort-tensorrt` builds for minutes before the first picture, and
-    plans are chosen when they are exported.
+    engine files of TensorRT are chosen when they are exported.
 
     Raises:
         RequestError: an unknown name.
         EngineError: a known one that is not installed.
     """
-    if provider != "auto" and provider not in PROVIDERS:
-        raise RequestError(f"provider {provider!r} is not known; accepted: auto, {', '.join(PROVIDERS)}")
+    if not isinstance(provider, str) or (provider != "auto" and provider not in PROVIDERS):
+        raise RequestError(
+            f"provider {shown(provider)} is not known; accepted: auto, {', '.join(PROVIDERS)}",
+            field="provider",
+            value=provider,
+            accepted=f"auto, {', '.join(PROVIDERS)}",
+        )
     if provider != "auto" and (runtime := engine_runtime(provider)) != "onnx":
         from .tensorrt import problem
 
         if reason := problem(runtime):
             raise EngineError(
                 f"provider {provider} is not available here: {reason}. It is installed with: "
-                f"pip install 'cascade-rt[{PROVIDERS[provider].extra}]', and needs an NVIDIA GPU"
+                f"{install_command(provider)}, and needs an NVIDIA GPU"
             )
         return provider
     wanted = ("cuda", "cpu", "openvino") if provider == "auto" else (provider,)
@@ -84,20 +80,18 @@ def resolve_provider(provider: str) -> str:
         return found
     at_hand = [name for name, row in PROVIDERS.items() if row.runtime == "onnx" and _runs_graphs(name)]
     if not at_hand:
-        extra = PROVIDERS["cpu" if provider == "auto" else provider].extra
-        raise EngineError(f"no engine runtime is installed; install one with: pip install 'cascade-rt[{extra}]'")
+        command = install_command("cpu" if provider == "auto" else provider)
+        raise EngineError(f"no engine runtime is installed; install one with: {command}")
     raise EngineError(
         f"provider {provider} is not available here; available: {', '.join(at_hand)}. It is installed with: "
-        f"pip install 'cascade-rt[{PROVIDERS[provider].extra}]', and needs a device that it supports"
+        f"{install_command(provider)}, and needs a device that it supports"
     )
 
 
 def _runs_graphs(provider: str) -> bool:
     """Whether a provider of graphs is installed and has its device here. To ask ONNX Runtime costs its import."""
     if provider == "openvino":
-        from . import openvino
-
-        return openvino.installed()
+        return importlib.util.find_spec("openvino") is not None
     if importlib.util.find_spec("onnxruntime") is None:
         return False
     from .ort import available
@@ -105,55 +99,73 @@ def _runs_graphs(provider: str) -> bool:
     return available(provider)
 
 
-def find_record(bundle: Bundle, name: str, provider: str) -> EngineRecord:
-    """The record of the engine that a provider runs on this machine.
-
-    Raises:
-        BundleError: the bundle has none.
-    """
-    if (runtime := engine_runtime(provider)) == "onnx":
-        graph = bundle.engine(name, runtime)
-        return _narrowed(bundle, graph) if provider == "ort-tensorrt" else graph
-    from .cuda import gpu_sm
-
-    return bundle.engine(name, runtime, gpu_sm())
-
-
-def _narrowed(bundle: Bundle, graph: EngineRecord) -> EngineRecord:
-    """A graph with the sizes that a plan of it would take: ONNX Runtime's TensorRT builds one too, for all of them."""
-    graphs = {record.spec.name: record.spec for record in bundle.manifest.records if record.runtime == "onnx"}
-    decoder = graphs.get("stage_b.step")
-    granularity = decoder.ranges["height"].multiple if decoder else 1
-    specs = narrow(list(graphs.values()), DEFAULT_SHAPES, bundle.manifest.model, granularity)
-    return replace(graph, spec=specs[graph.spec.name])
-
-
-def open_engine(bundle: Bundle, name: str, provider: str, threads: int | None = None) -> Engine:
-    """Load an engine of a bundle, after checking the hashes of its files.
+def check_options(provider: str, options: EngineOptions) -> None:
+    """Refuse options that no engine of a provider can be opened with.
 
     Args:
-        bundle: where it lies.
-        name: a name of `stages.ENGINES`.
-        provider: from `resolve_provider`.
-        threads: threads within an operator, None for the runtime's own choice.
-    """
-    if (runtime := engine_runtime(provider)) != "onnx":
-        if threads is not None:
-            raise RequestError(
-                f"--threads {threads} is for providers of the CPU; provider {provider} is one of the GPU"
-            )
-        from .tensorrt import open_plan
+        provider: a name of `PROVIDERS`.
+        options: from a caller.
 
-        return open_plan(bundle, name, runtime)
-    record = find_record(bundle, name, provider)
-    for weights in record.weights:
-        bundle.file(weights)
-    path = bundle.file(record.file)
+    Raises:
+        RequestError: a number of threads, a device or a setting that is not accepted.
+        EngineError: there is no such GPU here.
+    """
+    row, threads, device_id = PROVIDERS[provider], options.threads, options.device_id
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+            raise refused("threads", threads, f"an integer from 1 to {MAX_THREADS}, or None")
+        if row.runtime != "onnx":
+            raise RequestError(
+                f"threads {threads} is for providers of the CPU; provider {provider} runs on the GPU. Leave it out",
+                field="threads",
+                value=threads,
+                accepted="None",
+            )
+    if isinstance(device_id, bool) or not isinstance(device_id, int) or device_id < 0:
+        raise refused("device_id", device_id, "an integer from 0")
+    if row.device == "cpu" and device_id:
+        raise RequestError(
+            f"device_id {shown(device_id)} is not accepted; provider {provider} runs on the CPU, which is device 0",
+            field="device_id",
+            value=device_id,
+            accepted="0",
+        )
+    settings = options.provider_options
+    if not isinstance(settings, Mapping):
+        raise refused("provider_options", settings, "a mapping of names to texts")
+    for key, value in settings.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise refused("provider_options", {key: value}, "a mapping of names to texts, such as {'NAME': '1'}")
+    if row.device == "cuda":
+        from .cuda import gpu_sm
+
+        gpu_sm(device_id)
+
+
+def open_engine(record: EngineRecord, path: Path, provider: str, options: EngineOptions) -> Engine:
+    """Load an engine. Its files have been checked: a runtime reads what it is given.
+
+    Args:
+        record: its manifest record; its ranges are what will be asked of it.
+        path: of its file; weights lie beside it.
+        provider: from `resolve_provider`.
+        options: from `check_options`.
+
+    Raises:
+        StaleEngineError: a TensorRT engine file of another version, or for other GPUs.
+        EngineError: it cannot be loaded.
+    """
+    runtime = engine_runtime(provider)
+    if record.runtime != runtime:
+        raise EngineError(f"{record.key} is for {record.runtime}; provider {provider} runs {runtime} engines")
+    if runtime != "onnx":
+        from .tensorrt import TensorRTEngine
+
+        return TensorRTEngine(record, path, options)
     if provider == "openvino":
         from .openvino import OpenVinoEngine
 
-        return OpenVinoEngine(record, path, threads)
+        return OpenVinoEngine(record, path, options)
     from .ort import OrtEngine
 
-    hashes = "".join(bundle.manifest.files[file]["sha256"] for file in record.files)
-    return OrtEngine(record, path, provider, threads, hashlib.sha256(hashes.encode()).hexdigest())
+    return OrtEngine(record, path, provider, options)

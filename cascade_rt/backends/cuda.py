@@ -1,13 +1,13 @@
-"""The little of CUDA that TensorRT needs, on cuda-bindings: checked calls, memory, graphs. Not yet executed on a GPU.
+"""What is needed of CUDA: checked calls, memory, graphs (on cuda-bindings). Not yet executed on a GPU.
 
-`gpu_sm` asks the driver itself and needs no package, so that a machine without a GPU is told so whatever it lacks.
+`gpu_sm` and `copy_within_gpu` call the driver itself and need no package: a machine without a GPU gets an answer
+whatever is installed, and ONNX Runtime comes without cuda-bindings.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,33 +15,65 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineError
+from .failures import MORE_MEMORY, ran_out_of_memory
 
 # CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
 _MAJOR, _MINOR = 75, 76
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
-def gpu_sm() -> int:
-    """Compute capability of the first GPU, 89 for 8.9.
+def gpu_sm(device_id: int = 0) -> int:
+    """Compute capability of a GPU, 89 for 8.9.
 
     Raises:
-        EngineError: there is no driver or no GPU that it can use.
+        EngineError: there is no driver, or no such GPU that it can use.
     """
+    driver = _driver()
+    count, device, major, minor = (ctypes.c_int() for _ in range(4))
+    _ask(driver, "cuInit", 0)
+    _ask(driver, "cuDeviceGetCount", ctypes.byref(count))
+    if not 0 <= device_id < count.value:
+        there = f"; device_id is 0 to {count.value - 1}" if count.value else ""
+        raise EngineError(f"there is no NVIDIA GPU {device_id} here, the driver has {count.value}{there}")
+    _ask(driver, "cuDeviceGet", ctypes.byref(device), device_id)
+    _ask(driver, "cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
+    _ask(driver, "cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
+    return 10 * major.value + minor.value
+
+
+def copy_within_gpu(target: int, source: int, size: int, device_id: int) -> None:
+    """Copy ``size`` bytes between two addresses of one GPU, and wait. It needs the driver only.
+
+    Raises:
+        EngineError: the driver is missing, or refuses.
+    """
+    driver = _driver()
+    device, context, left = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+    _ask(driver, "cuInit", 0)
+    _ask(driver, "cuDeviceGet", ctypes.byref(device), device_id)
+    # the context that CUDA's runtime, and so ONNX Runtime, allocates in
+    _ask(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
     try:
-        driver = ctypes.CDLL(_DRIVER)
+        _ask(driver, "cuCtxPushCurrent_v2", context)
+        try:
+            _ask(driver, "cuMemcpyDtoD_v2", *(ctypes.c_uint64(n) for n in (target, source)), ctypes.c_size_t(size))
+            _ask(driver, "cuCtxSynchronize")  # the copy itself does not wait
+        finally:
+            _ask(driver, "cuCtxPopCurrent_v2", ctypes.byref(left))
+    finally:
+        _ask(driver, "cuDevicePrimaryCtxRelease_v2", device)
+
+
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL(_DRIVER)
     except OSError:
         raise EngineError(f"there is no NVIDIA GPU here (the driver's {_DRIVER} is not found)") from None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    calls: list[tuple[str, Callable[[], int]]] = [
-        ("cuInit", lambda: driver.cuInit(0)),
-        ("cuDeviceGet", lambda: driver.cuDeviceGet(ctypes.byref(device), 0)),
-        ("cuDeviceGetAttribute", lambda: driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)),
-        ("cuDeviceGetAttribute", lambda: driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)),
-    ]
-    for name, call in calls:
-        if status := call():
-            raise EngineError(f"there is no NVIDIA GPU here that can be used ({name} gives status {status})")
-    return 10 * major.value + minor.value
+
+
+def _ask(driver: Any, name: str, *arguments: Any) -> None:
+    if status := getattr(driver, name)(*arguments):
+        raise EngineError(f"there is no NVIDIA GPU here that can be used ({name} gives status {status})")
 
 
 def runtime() -> Any:
@@ -74,7 +106,7 @@ def check(rt: Any, what: str, result: tuple[Any, ...]) -> Any:
     if status != rt.cudaError_t.cudaSuccess:
         _, text = rt.cudaGetErrorString(status)
         reason = text.decode() if isinstance(text, bytes) else str(status)
-        hint = "; use a smaller size or batch, or --low-memory" if "emory" in str(status) else ""
+        hint = f"; {MORE_MEMORY}" if ran_out_of_memory(f"{reason} {status}") else ""
         raise EngineError(f"{what} failed: {reason}{hint}")
     return values[0] if len(values) == 1 else tuple(values)
 

@@ -6,30 +6,33 @@ graph be changed before it is compiled (`_drop_unit_factors`). Tensors are host 
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import openvino
 
-from ..bundle import EngineRecord
-from ..errors import EngineError
-from ..stages import Precision
-from .base import DeviceTensor, Host, Value, check_feeds
+from ..errors import EngineError, plain, shortened
+from ..manifest import EngineRecord
+from ..stages import DType
+from .base import DeviceTensor, EngineOptions, Host, Value, check_feeds, check_outputs
+from .failures import reason_of
+from .rows import joined_shape, rows_shape
 
 # OpenVINO computes in bfloat16 on CPUs that can, unless told otherwise: the precision is always named
-_PRECISION_HINT: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-_CAPABILITY: dict[Precision, str] = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+_PRECISION_HINT: dict[DType, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_CAPABILITY: dict[DType, str] = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 _ONE_IN_BF16 = 0x3F80
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "u8": "uint8"}
 
 
-def installed() -> bool:
-    """Whether the package is there; it is not imported."""
-    return importlib.util.find_spec("openvino") is not None
+def processor_computes() -> tuple[DType, ...]:
+    """Compute dtypes that OpenVINO has on this processor."""
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return tuple(dtype for dtype, word in _CAPABILITY.items() if word in capabilities)
 
 
 @dataclass(frozen=True)
@@ -45,47 +48,51 @@ class OpenVinoTensor:
 
     @property
     def dtype(self) -> str:
-        """Its element type."""
-        return _DTYPES[self.value.element_type.get_type_name()]
+        """Its element type; in OpenVINO's words where no engine of ours has it."""
+        word = str(self.value.element_type.get_type_name())
+        return _DTYPES.get(word, word)
 
 
 class OpenVinoEngine:
     """An ONNX graph compiled by OpenVINO for the CPU."""
 
-    def __init__(self, record: EngineRecord, path: Path, threads: int | None = None) -> None:
+    def __init__(self, record: EngineRecord, path: Path, options: EngineOptions) -> None:
         """Compile a graph.
 
         Args:
             record: its manifest record.
             path: the graph; its weights lie beside it.
-            threads: None leaves them to the runtime.
+            options: as `EngineOptions`.
 
         Raises:
-            EngineError: OpenVINO cannot compile it, or the processor has no such precision.
+            EngineError: OpenVINO cannot compile it, has no such option, or the processor has no such precision.
         """
-        import openvino
-
         self.spec = record.spec
         core = openvino.Core()
-        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if _CAPABILITY[record.precision] not in capabilities:
+        computed = processor_computes()
+        if record.precision.compute not in computed:
             raise EngineError(
-                f"{record.spec.name} is {record.precision}, which this processor does not compute under OpenVINO "
-                f"({', '.join(capabilities)}); use --provider cpu, or export with --precision fp32"
+                f"{record.name} is {record.precision.name}, which this processor does not compute under OpenVINO "
+                f"({', '.join(computed)}); use --provider cpu, or export with --precision fp32"
             )
-        options: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": _PRECISION_HINT[record.precision],
-            "NUM_STREAMS": 1,
+        told = {
+            "INFERENCE_PRECISION_HINT": _PRECISION_HINT[record.precision.compute],
+            "NUM_STREAMS": "1",
             "PERFORMANCE_HINT": "LATENCY",
+            **({} if options.threads is None else {"INFERENCE_NUM_THREADS": str(options.threads)}),
+            **options.provider_options,
         }
-        if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = threads
+        known = [name for name, how in core.get_property("CPU", "SUPPORTED_PROPERTIES").items() if how == "RW"]
+        if unknown := [name for name in options.provider_options if name not in known]:
+            raise EngineError(
+                f"provider openvino has no option {shortened(plain(unknown[0]))}; accepted: {', '.join(known)}"
+            )
         try:
             model = core.read_model(path)
             _drop_unit_factors(model)
-            self._compiled: Any = core.compile_model(model, "CPU", options)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
+            self._compiled: Any = core.compile_model(model, "CPU", told)
+        except (RuntimeError, MemoryError, TypeError, ValueError) as error:
+            reason = reason_of(error, last_line=True)
             raise EngineError(f"{path.name} cannot be compiled by OpenVINO: {reason}") from error
 
     @property
@@ -101,13 +108,31 @@ class OpenVinoEngine:
 
     def bind(self, constants: Mapping[str, DeviceTensor]) -> OpenVinoBound:
         """Fix the inputs that do not change between calls."""
-        for name, tensor in constants.items():
-            if not isinstance(tensor, OpenVinoTensor):
-                raise EngineError(f"{self.spec.name}: {name} comes from another runtime than OpenVINO")
-        return OpenVinoBound(self, constants)
+        return OpenVinoBound(self, {name: self._own(name, tensor) for name, tensor in constants.items()})
+
+    def join(self, tensors: Sequence[DeviceTensor]) -> OpenVinoTensor:
+        """Tensors one after the other along the first axis; see `Engine.join`."""
+        shape = joined_shape(tensors)
+        own = [self._own("a tensor to join", tensor).value for tensor in tensors]
+        made = openvino.Tensor(own[0].element_type, list(shape))
+        np.concatenate([_bits(value) for value in own], out=_bits(made))
+        return OpenVinoTensor(made)
+
+    def rows(self, tensor: DeviceTensor, start: int, stop: int) -> OpenVinoTensor:
+        """Some of a tensor's rows; see `Engine.rows`."""
+        shape = rows_shape(tensor, start, stop)
+        value = self._own("a tensor", tensor).value
+        made = openvino.Tensor(value.element_type, list(shape))
+        _bits(made)[:] = _bits(value)[start:stop]
+        return OpenVinoTensor(made)
+
+    def _own(self, what: str, tensor: DeviceTensor) -> OpenVinoTensor:
+        if not isinstance(tensor, OpenVinoTensor):
+            raise EngineError(f"{self.spec.name}: {what} comes from another runtime than OpenVINO")
+        return tensor
 
     def close(self) -> None:
-        """Give back its memory."""
+        """Give back its memory; twice is fine."""
         self._compiled = None
 
     def __enter__(self) -> OpenVinoEngine:
@@ -122,35 +147,41 @@ class OpenVinoEngine:
 class OpenVinoBound:
     """Constants in place."""
 
-    def __init__(self, engine: OpenVinoEngine, constants: Mapping[str, DeviceTensor]) -> None:
+    def __init__(self, engine: OpenVinoEngine, constants: Mapping[str, OpenVinoTensor]) -> None:
         self._engine = engine
         self._constants = constants
         self._request: Any = None
 
     def __call__(self, feeds: Mapping[str, Host]) -> dict[str, Value]:
         """Run with the remaining inputs; see `BoundEngine`."""
-        import openvino
-
-        check_feeds(self._engine.spec, {**self._constants, **feeds})
+        spec = self._engine.spec
         compiled = self._engine.compiled  # also refuses a closed engine
-        if self._request is None:
-            self._request = compiled.create_infer_request()
-            for name, tensor in self._constants.items():
-                self._request.set_tensor(name, tensor.value)  # type: ignore[attr-defined]
-        for name, array in feeds.items():
-            self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+        sizes = check_feeds(spec, {**self._constants, **feeds})
         try:
+            if self._request is None:
+                self._request = compiled.create_infer_request()
+                for name, tensor in self._constants.items():
+                    self._request.set_tensor(name, tensor.value)  # type: ignore[attr-defined]
+            for name, array in feeds.items():
+                self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
             self._request.infer()
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise EngineError(f"{self._engine.spec.name} failed in OpenVINO: {reason}") from error
+        except (RuntimeError, MemoryError) as error:
+            self._request = None
+            raise EngineError(f"{spec.name} failed in OpenVINO: {reason_of(error, last_line=True)}") from error
         outputs: dict[str, Value] = {}
-        for spec in self._engine.spec.outputs:
-            value = self._request.get_tensor(spec.name)
-            outputs[spec.name] = np.array(value.data) if spec.on_host else OpenVinoTensor(value)
-        if any(not spec.on_host for spec in self._engine.spec.outputs):
+        for tensor in spec.outputs:
+            value = self._request.get_tensor(tensor.name)
+            outputs[tensor.name] = np.array(value.data) if tensor.on_host else OpenVinoTensor(value)
+        if any(not tensor.on_host for tensor in spec.outputs):
             self._request = None  # its memory is the caller's now; another call gets its own
+        check_outputs(spec, sizes, outputs)
         return outputs
+
+
+def _bits(tensor: Any) -> Host:
+    """A tensor's memory as integers: NumPy has no bfloat16, and a copy of integers changes no bit."""
+    data: Host = tensor.data
+    return data.view(f"uint{8 * data.itemsize}")
 
 
 def _drop_unit_factors(model: Any) -> None:

@@ -1,7 +1,6 @@
-"""ONNX Runtime: CPU, CUDA and its own TensorRT provider. What it is told is in `ort_options`.
+"""ONNX Runtime: CPU, CUDA and its own TensorRT provider.
 
-On the CPU tensors are host memory and `OrtValue`s wrap them without copies. How engines are called on a GPU is in
-`ort_cuda`.
+What it is told is in `ort_options`, how engines are called in `ort_session` (host memory) and `ort_cuda` (GPU).
 """
 
 from __future__ import annotations
@@ -12,23 +11,25 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import onnxruntime as ort
 
-from ..bundle import EngineRecord
 from ..errors import EngineError
-from .base import DeviceTensor, Host, Value, check_feeds
+from ..manifest import EngineRecord
+from . import ort_session
+from .base import BoundEngine, DeviceTensor, EngineOptions
 from .cuda import gpu_sm
-from .ort_cuda import CudaBound, Recorder, first_line
-from .ort_options import TABLE, records_calls, session
+from .failures import reason_of
+from .ort_cuda import CudaCalls
+from .ort_options import TABLE, records_calls, session_options
+from .ort_session import HostCalls, OrtTensor, Session
+from .providers import PROVIDERS, install_command
 
 TENSORRT_MAJOR = "10"
 """The TensorRT that ONNX Runtime 1.31 is linked to (libnvinfer.so.10)."""
-_ORT_DTYPES = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64", "uint8": "uint8"}
 # what computes shapes, which ONNX Runtime leaves to the CPU on purpose; ArgMax looks for a prompt's last token
 _SHAPE_WORK = {
     *("Add", "ArgMax", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather"),
@@ -52,139 +53,56 @@ def _has_gpu() -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class OrtTensor:
-    """A `DeviceTensor` of ONNX Runtime."""
-
-    value: ort.OrtValue
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its size."""
-        return tuple(self.value.shape())
-
-    @property
-    def dtype(self) -> str:
-        """Its element type."""
-        return _ORT_DTYPES[self.value.data_type().removeprefix("tensor(").removesuffix(")")]
-
-
 class OrtEngine:
     """An ONNX graph in an inference session."""
 
-    def __init__(
-        self, record: EngineRecord, path: Path, provider: str, threads: int | None = None, digest: str = ""
-    ) -> None:
+    def __init__(self, record: EngineRecord, path: Path, provider: str, options: EngineOptions) -> None:
         """Load a graph.
 
         Args:
             record: its manifest record.
             path: the graph; its weights lie beside it.
             provider: a name of `ort_options.TABLE`.
-            threads: threads within an operator; None leaves it to the runtime.
-            digest: of the graph and its weights; see `ort_options.session`.
+            options: as `EngineOptions`.
 
         Raises:
             EngineError: the runtime cannot load it, or would run it on another provider.
         """
         self.spec = record.spec
-        self.device = TABLE[provider].device
-        if record.precision not in TABLE[provider].precisions:
+        row = TABLE[provider]
+        self._device, self._device_id = row.device, options.device_id
+        if record.precision.compute not in PROVIDERS[provider].computes:
             raise EngineError(
-                f"{record.spec.name} is {record.precision}, which ONNX Runtime's {provider} provider does not compute: "
-                f"{TABLE[provider].bf16}"
+                f"{record.name} is {record.precision.name}, which ONNX Runtime's {provider} provider does not compute: "
+                f"{row.bf16}"
             )
-        self._record, self._path, self._provider = record, path, provider
-        self._threads, self._digest = threads, digest
-        self.recorder: Recorder | None = None
-        self._session: ort.InferenceSession | None = None
-        if self.device == "cuda":
+        if row.device == "cuda":
             load_libraries(provider)
-        if records_calls(provider, record.spec):
-            reason = ""
-            try:
-                self._session = self._open(recording=True)
-                self.recorder = Recorder(self, TABLE[provider].graphs)
-            except EngineError as error:
-                reason = str(error)
-            if reason:  # out of the handler: the error's traceback keeps the session that failed
-                self.stop_recording(reason)
-        else:
-            self._session = self._open(recording=False)
+        opened = functools.partial(open_session, record, path, provider, options)
+        graphs = row.graphs if records_calls(provider, self.spec) else 0
+        self.calls = CudaCalls(self.spec, opened, graphs) if row.graphs else HostCalls(opened(False))
 
-    def _open(self, recording: bool) -> ort.InferenceSession:
-        row = TABLE[self._provider]
-        options, providers = session(self._provider, self._record, self._digest, self._threads, recording)
-        where = f"{self._path.name} cannot be loaded by provider {self._provider}"
-        try:
-            # fallback: a session that cannot be made is made on the CPU otherwise, and a line printed
-            made = ort.InferenceSession(self._path, options, providers=providers, enable_fallback=0)
-        except Exception as error:  # the runtime raises its own unexported exception types
-            hint = f" ({row.bf16})" if row.bf16 and self._record.precision == "bf16" else ""
-            raise EngineError(f"{where}: {first_line(error)}{hint}") from error
-        if row.ep not in made.get_providers():
-            raise EngineError(
-                f"{where}: ONNX Runtime left {row.ep} out, because the libraries that it needs do not load, and would "
-                f"run on {', '.join(made.get_providers())}. Install them with: {install_command(self._provider)}"
-            )
-        if self._provider == "cuda" and (strays := strays_of(made)):
-            warnings.warn(
-                f"{self.spec.name} is run in part by the CPU, which CUDA waits for: {', '.join(strays)}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return made
-
-    def stop_recording(self, reason: str) -> None:
-        """Open the session again, without CUDA graphs, and say so.
-
-        Raises:
-            EngineError: it cannot be loaded without them either: graphs were not the reason.
-        """
-        self.recorder = self._session = None  # a GPU may not hold the weights twice
-        self._session = self._open(recording=False)
-        warnings.warn(
-            f"{self.spec.name} runs without a CUDA graph, kernel by kernel: {reason}", RuntimeWarning, stacklevel=2
-        )
-
-    def bind(self, constants: Mapping[str, DeviceTensor]) -> OrtBound | CudaBound:
+    def bind(self, constants: Mapping[str, DeviceTensor]) -> BoundEngine:
         """Fix the inputs that do not change between calls."""
-        values = {}
-        for name, tensor in constants.items():
-            if not isinstance(tensor, OrtTensor):
-                raise EngineError(f"{self.spec.name}: {name} comes from another runtime than ONNX Runtime")
-            values[name] = tensor
-        return CudaBound(self, values) if TABLE[self._provider].graphs else OrtBound(self, values)
+        return self.calls.bind({name: self._own(name, tensor) for name, tensor in constants.items()})
 
-    def results(self, values: list[ort.OrtValue]) -> dict[str, Value]:
-        """Outputs in call order -> what a caller gets: arrays of its own, or tensors that stay where they are."""
-        outputs: dict[str, Value] = {}
-        for spec, value in zip(self.spec.outputs, values, strict=True):
-            outputs[spec.name] = value.numpy() if spec.on_host else OrtTensor(value)
-        return outputs
+    def join(self, tensors: Sequence[DeviceTensor]) -> OrtTensor:
+        """Tensors one after the other along the first axis; see `Engine.join`."""
+        own = [self._own("a tensor to join", tensor) for tensor in tensors]
+        return ort_session.join(own, self._device, self._device_id)
 
-    @property
-    def session(self) -> ort.InferenceSession:
-        """The session.
+    def rows(self, tensor: DeviceTensor, start: int, stop: int) -> OrtTensor:
+        """Some of a tensor's rows; see `Engine.rows`."""
+        return ort_session.rows(self._own("a tensor", tensor), start, stop, self._device, self._device_id)
 
-        Raises:
-            EngineError: the engine was closed.
-        """
-        if self._session is None:
-            raise EngineError(f"{self.spec.name} was closed")
-        return self._session
-
-    def check_open(self) -> None:
-        """Refuse a closed engine; who asks for the session keeps it.
-
-        Raises:
-            EngineError: the engine was closed.
-        """
-        _ = self.session
+    def _own(self, what: str, tensor: DeviceTensor) -> OrtTensor:
+        if not isinstance(tensor, OrtTensor):
+            raise EngineError(f"{self.spec.name}: {what} comes from another runtime than ONNX Runtime")
+        return tensor
 
     def close(self) -> None:
-        """Give back the session's memory, and what was recorded in it."""
-        self.recorder = self._session = None
+        """Give back the session's memory; twice is fine."""
+        self.calls.close()
 
     def __enter__(self) -> OrtEngine:
         return self
@@ -195,20 +113,40 @@ class OrtEngine:
         self.close()
 
 
-class OrtBound:
-    """Constants in place, in host memory."""
+def open_session(record: EngineRecord, path: Path, provider: str, options: EngineOptions, recording: bool) -> Session:
+    """Open a session of a graph on one provider.
 
-    def __init__(self, engine: OrtEngine, constants: Mapping[str, OrtTensor]) -> None:
-        self._engine = engine
-        self._constants = constants
-        self._outputs = [tensor.name for tensor in engine.spec.outputs]
+    Args:
+        record: of the engine.
+        path: the graph.
+        provider: a name of `ort_options.TABLE`.
+        options: as `EngineOptions`.
+        recording: have calls recorded as CUDA graphs.
 
-    def __call__(self, feeds: Mapping[str, Host]) -> dict[str, Value]:
-        """Run with the remaining inputs; see `BoundEngine`."""
-        check_feeds(self._engine.spec, {**self._constants, **feeds})
-        values = {name: tensor.value for name, tensor in self._constants.items()}
-        values |= {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        return self._engine.results(list(self._engine.session.run_with_ort_values(self._outputs, values)))
+    Raises:
+        EngineError: the runtime cannot load it, or would run it on another provider.
+    """
+    row = TABLE[provider]
+    told, providers = session_options(provider, record, options, recording)
+    where = f"{path.name} cannot be loaded by provider {provider}"
+    try:
+        # fallback: a session that cannot be made is made on the CPU otherwise, and a line printed
+        made = ort.InferenceSession(path, told, providers=providers, enable_fallback=0)
+    except Exception as error:  # the runtime raises its own unexported exception types
+        hint = f" ({row.bf16})" if row.bf16 and record.precision.compute == "bfloat16" else ""
+        raise EngineError(f"{where}: {reason_of(error)}{hint}") from error
+    if row.ep not in made.get_providers():
+        raise EngineError(
+            f"{where}: ONNX Runtime left {row.ep} out, because the libraries that it needs do not load, and would "
+            f"run on {', '.join(made.get_providers())}. Install them with: {install_command(provider)}"
+        )
+    if provider == "cuda" and (strays := strays_of(made)):
+        warnings.warn(
+            f"{record.name} is run in part by the CPU, which CUDA waits for: {', '.join(strays)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return Session(spec=record.spec, runtime=made, device=row.device, device_id=options.device_id)
 
 
 def strays_of(session: ort.InferenceSession) -> list[str]:
@@ -222,13 +160,6 @@ def strays_of(session: ort.InferenceSession) -> list[str]:
         }
         - _SHAPE_WORK
     )
-
-
-def install_command(provider: str) -> str:
-    """What installs a provider."""
-    from . import PROVIDERS
-
-    return f"pip install 'cascade-rt[{PROVIDERS[provider].extra}]'"
 
 
 @functools.cache

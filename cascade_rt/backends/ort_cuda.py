@@ -6,60 +6,120 @@ the options.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import onnxruntime as ort
 
 from ..errors import EngineError
-from ..stages import TensorSpec
-from .base import Host, Value, check_feeds
+from ..stages import EngineSpec
+from .base import Host, Value, check_feeds, check_outputs, output_shapes
+from .failures import reason_of
+from .ort_session import OrtTensor, Session
 
-if TYPE_CHECKING:
-    from .ort import OrtEngine, OrtTensor
-
-_ONNX_TYPE = {"float32": 1, "uint8": 2, "int64": 7, "float16": 10, "bfloat16": 16}
 GRAPH_ID = "gpu_graph_id"
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 """Name and shape of every input, constants included: what a recorded call holds for."""
 
 
+class CudaCalls:
+    """A session on a GPU, and the calls of it that are recorded as CUDA graphs."""
+
+    def __init__(self, spec: EngineSpec, open_session: Callable[[bool], Session], graphs: int) -> None:
+        """Open the session.
+
+        Args:
+            spec: of the engine.
+            open_session: opens one, with or without recording.
+            graphs: how many CUDA graphs the session can hold; 0: calls are not recorded.
+
+        Raises:
+            EngineError: it cannot be opened.
+        """
+        self._name = spec.name
+        self._open = open_session
+        self._session: Session | None = None
+        self.recorder: Recorder | None = None
+        if not graphs:
+            self._session = open_session(False)
+            return
+        reason = ""
+        try:
+            self._session = open_session(True)
+            self.recorder = Recorder(graphs)
+        except EngineError as error:
+            reason = str(error)
+        if reason:  # after the handler: the error's traceback keeps the session that failed
+            self.stop_recording(reason)
+
+    @property
+    def session(self) -> Session:
+        """The session.
+
+        Raises:
+            EngineError: the engine was closed.
+        """
+        if self._session is None:
+            raise EngineError(f"{self._name} was closed")
+        return self._session
+
+    def bind(self, constants: Mapping[str, OrtTensor]) -> CudaBound:
+        """Fix the inputs that do not change between calls."""
+        return CudaBound(self, constants)
+
+    def stop_recording(self, reason: str) -> None:
+        """Open the session again, without CUDA graphs, and say so.
+
+        Raises:
+            EngineError: it cannot be opened without them either: graphs were not the reason.
+        """
+        self.recorder = self._session = None  # a GPU may not hold the weights twice
+        self._session = self._open(False)
+        warnings.warn(
+            f"{self._name} runs without a CUDA graph, kernel by kernel: {reason}", RuntimeWarning, stacklevel=2
+        )
+
+    def close(self) -> None:
+        """Give back the session's memory and what was recorded in it; twice is fine."""
+        self.recorder = self._session = None
+
+
 class CudaBound:
     """Constants in place on the GPU."""
 
-    def __init__(self, engine: OrtEngine, constants: Mapping[str, OrtTensor]) -> None:
-        self._engine = engine
+    def __init__(self, calls: CudaCalls, constants: Mapping[str, OrtTensor]) -> None:
+        self._calls = calls
         self.constants = constants
         self._inputs: dict[str, ort.OrtValue] = {}
 
     def __call__(self, feeds: Mapping[str, Host]) -> dict[str, Value]:
         """Run with the remaining inputs; see `BoundEngine`."""
-        engine = self._engine
-        check_feeds(engine.spec, {**self.constants, **feeds})
-        engine.check_open()  # refuse before anything is allocated
-        if engine.recorder is not None:
+        calls = self._calls
+        spec = calls.session.spec  # a closed engine refuses before anything is allocated
+        sizes = check_feeds(spec, {**self.constants, **feeds})
+        if calls.recorder is not None:
             try:
-                return engine.recorder.run(self, feeds)
+                return calls.recorder.run(calls.session, self, feeds, sizes)
             except RecordingError as error:
                 reason = str(error)
-            engine.stop_recording(reason)  # out of the handler: the error's traceback keeps the session
-        return self._plainly(feeds)
+            calls.stop_recording(reason)  # after the handler: the error's traceback keeps the session
+        return self._plainly(calls.session, feeds, sizes)
 
-    def _plainly(self, feeds: Mapping[str, Host]) -> dict[str, Value]:
-        """Kernel by kernel. Constants are read where they lie; outputs that stay on the GPU are new in every call."""
-        engine = self._engine
+    def _plainly(self, session: Session, feeds: Mapping[str, Host], sizes: Mapping[str, int]) -> dict[str, Value]:
+        """Kernel by kernel. Constants are read where they lie; outputs are new in every call."""
         if {n: tuple(v.shape()) for n, v in self._inputs.items()} != {n: a.shape for n, a in feeds.items()}:
-            self._inputs = {n: empty(engine, n, a.shape) for n, a in feeds.items()}
+            self._inputs = {n: session.empty(n, a.shape) for n, a in feeds.items()}
         for name, array in feeds.items():
-            copy(engine, self._inputs[name], array)
-        binding = engine.session.io_binding()
+            copy(session, self._inputs[name], array)
+        outputs = {name: session.empty(name, shape) for name, shape in output_shapes(session.spec, sizes).items()}
+        binding = session.runtime.io_binding()
         for name, value in {**{n: t.value for n, t in self.constants.items()}, **self._inputs}.items():
             binding.bind_ortvalue_input(name, value)
-        for spec in engine.spec.outputs:
-            binding.bind_output(spec.name, engine.device, 0)  # the session allocates
-        execute(engine, binding, None)
-        return engine.results(list(binding.get_outputs()))
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        session.run(binding)
+        return session.results(list(outputs.values()), sizes)
 
 
 class RecordingError(EngineError):
@@ -69,40 +129,42 @@ class RecordingError(EngineError):
 class Recorder:
     """The calls of an engine that are recorded as CUDA graphs, one for every set of shapes."""
 
-    def __init__(self, engine: OrtEngine, limit: int) -> None:
+    def __init__(self, limit: int) -> None:
         """Record nothing yet.
 
         Args:
-            engine: whose session has been opened for it.
             limit: how many graphs the session can hold; of one, ONNX Runtime does not look at its number.
         """
-        self._engine = weakref.proxy(engine)
         self._limit = limit
         self._calls: dict[Shapes, RecordedCall] = {}
         self._last = 0
 
-    def run(self, bound: CudaBound, feeds: Mapping[str, Host]) -> dict[str, Value]:
+    def run(
+        self, session: Session, bound: CudaBound, feeds: Mapping[str, Host], sizes: Mapping[str, int]
+    ) -> dict[str, Value]:
         """Replay what was recorded for these shapes; record it first if nothing was.
 
         Raises:
             RecordingError: it cannot be recorded.
         """
         inputs: dict[str, Value] = {**bound.constants, **feeds}
-        shapes: Shapes = tuple((t.name, tuple(inputs[t.name].shape)) for t in self._engine.spec.inputs)
+        shapes: Shapes = tuple((t.name, tuple(inputs[t.name].shape)) for t in session.spec.inputs)
         call = self._calls.pop(shapes, None)
         if call is None:
-            call = self._new(shapes)
+            call = self._new(session, shapes, sizes)
         self._calls[shapes] = call  # the one used last is at the end
-        return call.run(bound, feeds)
+        outputs = call.run(session, bound, feeds)
+        check_outputs(session.spec, sizes, outputs)
+        return outputs
 
-    def _new(self, shapes: Shapes) -> RecordedCall:
+    def _new(self, session: Session, shapes: Shapes, sizes: Mapping[str, int]) -> RecordedCall:
         if self._calls and self._limit == 1:
             raise RecordingError("this provider records one set of shapes, and now there is another")
         if len(self._calls) >= self._limit:
             oldest = next(iter(self._calls))
-            self._engine.session.release_captured_graph(self._calls.pop(oldest).number)
+            session.runtime.release_captured_graph(self._calls.pop(oldest).number)
         self._last += 1  # 0 is the runtime's own
-        return RecordedCall(self._engine, shapes, 0 if self._limit == 1 else self._last)
+        return RecordedCall(session, shapes, sizes, 0 if self._limit == 1 else self._last)
 
 
 class RecordedCall:
@@ -113,18 +175,12 @@ class RecordedCall:
     GPU, one to two hundredths of the weights that every step reads.
     """
 
-    def __init__(self, engine: OrtEngine, shapes: Shapes, number: int) -> None:
+    def __init__(self, session: Session, shapes: Shapes, sizes: Mapping[str, int], number: int) -> None:
         self.number = number
-        self._engine = engine
         self._holds: weakref.ref[CudaBound] | None = None  # whose constants are in place
-        self._inputs = {name: empty(engine, name, shape) for name, shape in shapes}
-        axes = {t.name: t.axes for t in engine.spec.inputs}
-        sizes = {a: s for n, shape in shapes for a, s in zip(axes[n], shape, strict=True) if isinstance(a, str)}
-        self._outputs = {
-            spec.name: empty(engine, spec.name, [sizes[a] if isinstance(a, str) else a for a in spec.axes])
-            for spec in engine.spec.outputs
-        }
-        self._binding = engine.session.io_binding()
+        self._inputs = {name: session.empty(name, shape) for name, shape in shapes}
+        self._outputs = {name: session.empty(name, shape) for name, shape in output_shapes(session.spec, sizes).items()}
+        self._binding = session.runtime.io_binding()
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
         for name, value in self._outputs.items():
@@ -134,37 +190,24 @@ class RecordedCall:
             self._options = ort.RunOptions()
             self._options.add_run_config_entry(GRAPH_ID, str(number))
 
-    def run(self, bound: CudaBound, feeds: Mapping[str, Host]) -> dict[str, Value]:
+    def run(self, session: Session, bound: CudaBound, feeds: Mapping[str, Host]) -> dict[str, Value]:
         """Copy in, replay, copy out. In the first call ONNX Runtime warms up, records and replays."""
         if self._holds is None or self._holds() is not bound:
             self._holds = None  # nobody's, if a copy fails on the way
             for name, tensor in bound.constants.items():
-                copy(self._engine, self._inputs[name], tensor.value)
+                copy(session, self._inputs[name], tensor.value)
             self._holds = weakref.ref(bound)
         for name, array in feeds.items():
-            copy(self._engine, self._inputs[name], array)
+            copy(session, self._inputs[name], array)
         try:
-            execute(self._engine, self._binding, self._options)
+            session.run(self._binding, self._options)
         except EngineError as error:
             raise RecordingError(str(error)) from error
         # a copy: `numpy` may be a view of memory that the next call writes to
         return {name: value.numpy().copy() for name, value in self._outputs.items()}
 
 
-def empty(engine: OrtEngine, name: str, shape: tuple[int, ...] | list[int]) -> ort.OrtValue:
-    """Memory for a tensor of an engine, where it runs.
-
-    Raises:
-        EngineError: there is not enough.
-    """
-    specs: dict[str, TensorSpec] = {t.name: t for t in (*engine.spec.inputs, *engine.spec.outputs)}
-    try:
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _ONNX_TYPE[specs[name].dtype], engine.device, 0)
-    except Exception as error:  # the runtime raises its own unexported exception types
-        raise EngineError(f"{engine.spec.name}: no memory for {name} {list(shape)}: {first_line(error)}") from error
-
-
-def copy(engine: OrtEngine, target: ort.OrtValue, source: Host | ort.OrtValue) -> None:
+def copy(session: Session, target: ort.OrtValue, source: Host | ort.OrtValue) -> None:
     """Copy a tensor to where an engine reads it.
 
     Raises:
@@ -173,21 +216,4 @@ def copy(engine: OrtEngine, target: ort.OrtValue, source: Host | ort.OrtValue) -
     try:
         target.update_inplace(source)
     except Exception as error:  # the runtime raises its own unexported exception types
-        raise EngineError(f"{engine.spec.name}: an input cannot be copied: {first_line(error)}") from error
-
-
-def execute(engine: OrtEngine, binding: ort.IOBinding, options: ort.RunOptions | None) -> None:
-    """Run a session and wait for it.
-
-    Raises:
-        EngineError: it failed.
-    """
-    try:
-        engine.session.run_with_iobinding(binding, options)
-    except Exception as error:  # the runtime raises its own unexported exception types
-        raise EngineError(f"{engine.spec.name} failed in ONNX Runtime: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error of the runtime says, less its many lines."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise EngineError(f"{session.spec.name}: an input cannot be copied: {reason_of(error)}") from error

@@ -6,16 +6,17 @@ of CUDA or TensorRT has been opened on a GPU yet.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnxruntime as ort
 
-from ..bundle import EngineRecord
-from ..paths import cache_dir
-from ..shapes import profile
-from ..stages import PRECISIONS, EngineSpec, Precision
+from ..errors import EngineError, plain, shortened
+from ..manifest import EngineRecord
+from ..paths import cache_folder
+from ..stages import EngineSpec
+from .base import EngineOptions
+from .profile import profile
 
 # a node that a provider does not take goes to the CPU otherwise, and nobody is told
 _NOTHING_ON_THE_CPU = {"session.disable_cpu_ep_fallback": "1"}
@@ -25,9 +26,17 @@ _NOTHING_ON_THE_CPU = {"session.disable_cpu_ep_fallback": "1"}
 _SHORT_SPINNING = {"session.force_spinning_stop": "1", "session.intra_op.spin_duration_us": "200"}
 # makes `InferenceSession.get_provider_graph_assignment_info` answer
 _SAY_WHO_TOOK_WHAT = {"session.record_ep_graph_assignment_info": "1"}
+CONFIGURATION = (
+    *("session.intra_op.allow_spinning", "session.intra_op.spin_duration_us", "session.force_spinning_stop"),
+    *("session.intra_op_thread_affinities", "session.dynamic_block_base", "session.set_denormal_as_zero"),
+    *("session.disable_prepacking", "session.use_device_allocator_for_initializers", "session.disable_cpu_ep_fallback"),
+    *("session.record_ep_graph_assignment_info", "mlas.enable_gemm_fastmath_arm64_bfloat16"),
+)
+"""Settings of a session that ``provider_options`` may hold beside the provider's. ONNX Runtime refuses none of another
+name, so that a mistyped one would change nothing, silently."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OrtProvider:
     """A row of the table.
 
@@ -39,7 +48,6 @@ class OrtProvider:
         recording: options added to have calls recorded as CUDA graphs; empty where there are none.
         graphs: how many CUDA graphs a session can hold.
         plans_memory: whether ONNX Runtime plans which values share memory, before the first call and from its pattern.
-        precisions: of the graphs that it computes.
         bf16: what to type instead where a bf16 graph is not taken, and why that happens.
     """
 
@@ -50,23 +58,21 @@ class OrtProvider:
     recording: Mapping[str, str] = field(default_factory=dict)
     graphs: int = 0
     plans_memory: bool = True
-    precisions: tuple[Precision, ...] = PRECISIONS
     bf16: str = ""
 
 
 TABLE: dict[str, OrtProvider] = {
     "cpu": OrtProvider(
-        "CPUExecutionProvider",
+        ep="CPUExecutionProvider",
         session=_SHORT_SPINNING,
         # a plan takes half of the time in which a session opens, and more memory than it saves: what is free goes back
         # to the arena anyway, and the pattern of the first call is given a block of its own beside it
         plans_memory=False,
-        precisions=("fp32", "fp16"),
         bf16="it has no bf16 convolution; use --provider openvino, or export with --precision fp32",
     ),
     "cuda": OrtProvider(
-        "CUDAExecutionProvider",
-        "cuda",
+        ep="CUDAExecutionProvider",
+        device="cuda",
         # computing shapes is given to the CPU on purpose, so that it cannot be forbidden: what lies there is looked at
         session=_SAY_WHO_TOOK_WHAT,
         options={
@@ -82,8 +88,8 @@ TABLE: dict[str, OrtProvider] = {
         bf16="it does not have every operator in bf16; use --provider ort-tensorrt, or export with --precision fp16",
     ),
     "ort-tensorrt": OrtProvider(
-        "TensorrtExecutionProvider",
-        "cuda",
+        ep="TensorrtExecutionProvider",
+        device="cuda",
         session=_NOTHING_ON_THE_CPU,
         options={
             # neither is on: the network is then strongly typed, and computes in the precision that the graph says,
@@ -99,14 +105,14 @@ TABLE: dict[str, OrtProvider] = {
 
 
 def fixed_dimensions(spec: EngineSpec) -> dict[str, int]:
-    """Dynamic axes of the inputs that have one size in every call that the engine accepts.
+    """Axes of the inputs that have one size in every call that the engine accepts, by the name in the graph.
 
     A session that knows them folds what is computed from shapes. Axes with several sizes stay free: another size is
     accepted in the next call, and a session that was opened for one size refuses it.
     """
-    axes = {axis for tensor in spec.inputs for axis in tensor.axes if isinstance(axis, str)}
-    sizes = {axis: spec.ranges[axis].only for axis in sorted(axes)}
-    return {axis: size for axis, size in sizes.items() if size is not None}
+    names = sorted({name for tensor in spec.inputs for name in tensor.free_names})
+    sizes = {name: spec.ranges[name].only for name in names}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def records_calls(provider: str, spec: EngineSpec) -> bool:
@@ -120,35 +126,53 @@ def records_calls(provider: str, spec: EngineSpec) -> bool:
     return TABLE[provider].graphs > 0 and stays and all(tensor.on_host for tensor in spec.outputs)
 
 
-def session(
-    provider: str, record: EngineRecord, digest: str, threads: int | None, recording: bool
+def session_options(
+    provider: str, record: EngineRecord, options: EngineOptions, recording: bool
 ) -> tuple[ort.SessionOptions, list[tuple[str, dict[str, str]]]]:
     """Session options, and the list of providers with their options, for an engine.
 
     Args:
         provider: a name of `TABLE`.
         record: of the engine; its ranges are what will be asked of it.
-        digest: of the graph and its weights, which names what is kept between runs (ort-tensorrt).
-        threads: threads within an operator; None leaves it to the runtime.
+        options: `EngineOptions.digest` names what is kept between runs (ort-tensorrt).
         recording: have calls recorded as CUDA graphs.
 
     Returns:
         For `onnxruntime.InferenceSession`.
+
+    Raises:
+        EngineError: an option that this provider does not know. Of an unknown one of CUDA or TensorRT, ONNX Runtime
+            says so when the session is made.
     """
     row = TABLE[provider]
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; they reach the caller as exceptions too
-    options.enable_mem_reuse = options.enable_mem_pattern = row.plans_memory
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    for key, value in row.session.items():
-        options.add_session_config_entry(key, value)
-    for axis, size in fixed_dimensions(record.spec).items():
-        options.add_free_dimension_override_by_name(axis, size)
+    made = ort.SessionOptions()
+    made.log_severity_level = 3  # errors; they reach the caller as exceptions too
+    made.enable_mem_reuse = made.enable_mem_pattern = row.plans_memory
+    if options.threads is not None:
+        made.intra_op_num_threads = options.threads
+    own = {key: value for key, value in options.provider_options.items() if "." not in key}
+    if row.device == "cpu" and own:
+        raise _unknown(provider, next(iter(own)))
+    configuration = {key: value for key, value in options.provider_options.items() if "." in key}
+    for key, value in {**row.session, **configuration}.items():
+        if key in configuration and key not in CONFIGURATION:
+            raise _unknown(provider, key)
+        made.add_session_config_entry(key, value)
+    for name, size in fixed_dimensions(record.spec).items():
+        made.add_free_dimension_override_by_name(name, size)
     told = {**row.options, **(row.recording if recording else {})}
+    if row.device == "cuda":
+        told["device_id"] = str(options.device_id)
     if provider == "ort-tensorrt":
-        told |= _profile(record.spec) | _caches(digest)
-    return options, [(row.ep, told)]
+        told |= _profile(record.spec) | _caches(options.digest)
+    return made, [(row.ep, {**told, **own})]
+
+
+def _unknown(provider: str, option: str) -> EngineError:
+    others = "" if provider == "cpu" else ", and those of ONNX Runtime's documentation of the provider"
+    return EngineError(
+        f"provider {provider} has no option {shortened(plain(option))}; accepted: {', '.join(CONFIGURATION)}{others}"
+    )
 
 
 def _profile(spec: EngineSpec) -> dict[str, str]:
@@ -169,20 +193,12 @@ def _caches(digest: str) -> dict[str, str]:
     ONNX Runtime names an engine by the graph's structure, the GPU and versions, but not by its weights: those of
     another checkpoint must lie in another folder. Kernels are the same for all.
     """
-    root = cache_dir() / "ort-tensorrt"
-    folder = root / digest[:32]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        warnings.warn(
-            f"TensorRT's engines cannot be kept in {folder}: {error.strerror}; they are built again every time",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    folder = cache_folder(f"ort-tensorrt/{digest[:32]}")
+    if folder is None:
         return {}
     return {
         "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "True",
-        "trt_timing_cache_path": str(root),
+        "trt_timing_cache_path": str(folder.parent),
     }
