@@ -70,7 +70,7 @@ class Runner:
     def __init__(self, bundle: Bundle, provider: str, low_memory: bool, options: EngineOptions) -> None:
         """Prepare to run a bundle. See `CascadePipeline`."""
         self.bundle = bundle
-        self.engines = EngineLoader(bundle, provider, low_memory, options)
+        self.engines = EngineLoader(bundle, provider, low_memory=low_memory, options=options)
         self.bar: dict[str, Any] = {"disable": None}  # None: a bar on a terminal, nothing when piped
         self.interrupted = threading.Event()
         self._turn = threading.Lock()
