@@ -15,12 +15,12 @@ from typing import Any
 
 from . import __version__
 from .backends import PROVIDERS
-from .bundle import MANIFEST, find_bundle
+from .bundle import find_bundle
 from .commands import CommandParser
 from .errors import OutputError, RequestError, shown
 from .files import name_of, write_together
 from .image import FORMATS, encode_picture, read_request
-from .manifest import Figures
+from .manifest import MANIFEST, Figures
 from .noise import MAX_SEED
 from .outputs import CascadeOutput
 from .pipeline import CascadePipeline

@@ -81,7 +81,7 @@ def _report(error: Exception, names: Mapping[str, str]) -> int:
         _drop(sys.stdout)  # the reader of our output has gone, and no message would reach it
         return FAILED
     if isinstance(error, OSError):
-        where = f" ({name_of(error.filename)})" if isinstance(error.filename, str | bytes | os.PathLike) else ""
+        where = f" ({name_of(error.filename)})" if isinstance(error.filename, str) else ""
         return _fail(f"the system refused: {error.strerror or error}{where}", FAILED)
     raise error
 

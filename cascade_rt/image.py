@@ -148,5 +148,6 @@ def clip_pixels(name: str, picture: Any, side: int) -> Array:
     resized = whole.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
     values = np.asarray(resized.crop((left, top, left + side, top + side)), dtype=np.float32) / np.float32(255)
-    normalised = (values - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    mean, std = (np.array(row, dtype=np.float32) for row in (CLIP_MEAN, CLIP_STD))
+    normalised = (values - mean) / std
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)

@@ -21,7 +21,7 @@ from .sampling import PredictionType, SamplerName
 from .schema import parse_json, validated
 from .stages import ENGINES, AxisRange, EngineSpec, Precision, TensorSpec, axis_of
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Literal[2] = 2
 MANIFEST = "cascade.json"
 
 Runtime = Literal["onnx", "tensorrt", "tensorrt-rtx"]
@@ -40,7 +40,7 @@ class Record(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A part of the manifest."""
 
 
-class LoopDefaults(Record, kw_only=True):
+class LoopDefaults(Record, frozen=True, kw_only=True):
     """How one stage is sampled when the request does not say.
 
     Attributes:
@@ -60,7 +60,7 @@ class LoopDefaults(Record, kw_only=True):
     s: Annotated[float, Meta(gt=0, le=100)] = 0.008
 
 
-class SamplerPreset(Record, kw_only=True):
+class SamplerPreset(Record, frozen=True, kw_only=True):
     """One sampler's defaults.
 
     Attributes:
@@ -74,7 +74,7 @@ class SamplerPreset(Record, kw_only=True):
     latent_scale: Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 
-class ModelFacts(Record, kw_only=True):
+class ModelFacts(Record, frozen=True, kw_only=True):
     """What holds for the cascade as a whole.
 
     Attributes:
@@ -104,7 +104,7 @@ class ModelFacts(Record, kw_only=True):
     default_sampler: SamplerName = "original"
 
 
-class TokenizerRecord(Record, kw_only=True):
+class TokenizerRecord(Record, frozen=True, kw_only=True):
     """The tokenizer.
 
     Attributes:
@@ -118,7 +118,7 @@ class TokenizerRecord(Record, kw_only=True):
     pad_id: Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
-class StreamScalesRecord(Record, kw_only=True):
+class StreamScalesRecord(Record, frozen=True, kw_only=True):
     """fp16 denoisers: by which powers of two the residual stream is kept divided, and what decided it.
 
     Attributes:
@@ -136,7 +136,7 @@ class StreamScalesRecord(Record, kw_only=True):
     largest_inner: Figure
 
 
-class ModelRecord(Record, kw_only=True):
+class ModelRecord(Record, frozen=True, kw_only=True):
     """One component of the checkpoint: enough to build it again.
 
     Attributes:
@@ -160,7 +160,7 @@ class ModelRecord(Record, kw_only=True):
     loras: tuple[Text, ...] = ()
 
 
-class Figures(Record, kw_only=True):
+class Figures(Record, frozen=True, kw_only=True):
     """How far a tensor is from its reference, in float64.
 
     Attributes:
@@ -176,7 +176,7 @@ class Figures(Record, kw_only=True):
     psnr: Figure | None = None
 
 
-class LoopFigures(Figures, kw_only=True):
+class LoopFigures(Figures, frozen=True, kw_only=True):
     """Figures of the end of a whole denoising loop.
 
     Attributes:
@@ -190,7 +190,7 @@ class LoopFigures(Figures, kw_only=True):
     guidance_scale: Figure
 
 
-class Verification(Figures, kw_only=True):
+class Verification(Figures, frozen=True, kw_only=True):
     """Figures of an engine against fp32 PyTorch.
 
     Attributes:
@@ -206,7 +206,7 @@ class Verification(Figures, kw_only=True):
     loop: LoopFigures | None = None
 
 
-class Target(Record, kw_only=True):
+class Target(Record, frozen=True, kw_only=True):
     """What a TensorRT engine file was built for, and from.
 
     Attributes:
@@ -241,7 +241,7 @@ class EngineKey:
         return " ".join([*words, *(f"sm{number}" for number in self.sm)])
 
 
-class EngineRecord(Record, kw_only=True):
+class EngineRecord(Record, frozen=True, kw_only=True):
     """One engine file.
 
     Attributes:
@@ -314,14 +314,14 @@ class EngineRecord(Record, kw_only=True):
         return EngineKey(self.name, self.features, self.precision.name, self.runtime, self.sm)
 
 
-class FileRecord(Record, kw_only=True):
+class FileRecord(Record, frozen=True, kw_only=True):
     """Size and hash of a file of the bundle."""
 
     sha256: Sha256
     bytes: Bytes
 
 
-class Manifest(Record, kw_only=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """``cascade.json``.
 
     Attributes:

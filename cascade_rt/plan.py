@@ -280,7 +280,7 @@ def _prompt_count(request: Request, given: Tensors, part: Part) -> int:
         return len(request.prompts)
     if part != "decoder" and given.prompt_embeds is None:
         raise RequestError("the prior needs prompt_embeds beside prompt_embeds_pooled", field="prompt_embeds")
-    pooled = len(given.prompt_embeds_pooled)
+    pooled: int = len(given.prompt_embeds_pooled)
     if given.prompt_embeds is not None and len(given.prompt_embeds) != pooled:
         raise refused("prompt_embeds", given.prompt_embeds.shape, f"of {pooled} prompts, as prompt_embeds_pooled is")
     return pooled
@@ -290,13 +290,13 @@ def _picture_count(request: Request, given: Tensors, prompts: int, part: Part) -
     images = request.num_images_per_prompt
     seeds = len(request.seeds or ())
     if part == "decoder":
-        count = given_or(images, 1)
-        embedded = len(given.image_embeddings)
+        count = int(given_or(images, 1))
+        embedded = int(len(given.image_embeddings))
         if embedded % prompts:
             raise RequestError(
                 f"{embedded} image embeddings cannot be shared out to {prompts} prompts", field="image_embeddings"
             )
-        pictures = embedded * count
+        pictures: int = embedded * count
     elif images is None:
         pictures = max(prompts, seeds)
         if pictures % prompts:

@@ -206,6 +206,7 @@ class Runner:
         with self.timed(timings, "stage_c"):
             denoising = self._begin(loop, given.latents, noise)
             image_dim = self.engines.record("stage_c.context").spec.tensor("clip_img").axes[2]
+            assert isinstance(image_dim, int)  # a number of the checkpoint
             images = np.zeros((1, 1, image_dim), np.float32) if given.image_embeds is None else given.image_embeds
             clip_img = np.repeat(images, planned.pictures, axis=0)
             conditions = {
