@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +113,29 @@ def check(rt: Any, what: str, result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+@contextmanager
+def on_device(rt: Any, device_id: int) -> Iterator[None]:
+    """Within, this thread's calls of CUDA go to one GPU; afterwards to the one that they went to before.
+
+    Raises:
+        EngineError: there is no such GPU.
+    """
+    before = check(rt, "cudaGetDevice", rt.cudaGetDevice())
+    if before == device_id:
+        yield
+        return
+    check(rt, f"cudaSetDevice {device_id}", rt.cudaSetDevice(device_id))
+    try:
+        yield
+    finally:
+        check(rt, f"cudaSetDevice {before}", rt.cudaSetDevice(before))
+
+
 class Stream:
     """A stream and the calls that are queued on it. Closing twice is fine."""
 
-    def __init__(self) -> None:
-        self.rt = runtime()
+    def __init__(self, rt: Any) -> None:
+        self.rt = rt
         flags = self.rt.cudaStreamNonBlocking
         self._handle: Any = check(self.rt, "cudaStreamCreateWithFlags", self.rt.cudaStreamCreateWithFlags(flags))
 
@@ -234,6 +254,11 @@ class CudaTensor:
     buffer: DeviceBuffer
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.buffer.size
 
     @property
     def address(self) -> int:

@@ -160,8 +160,8 @@ class OpenVinoBound:
         try:
             if self._request is None:
                 self._request = compiled.create_infer_request()
-                for name, tensor in self._constants.items():
-                    self._request.set_tensor(name, tensor.value)  # type: ignore[attr-defined]
+                for name, constant in self._constants.items():
+                    self._request.set_tensor(name, constant.value)
             for name, array in feeds.items():
                 self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
             self._request.infer()
