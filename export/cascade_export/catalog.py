@@ -98,6 +98,24 @@ def build_model(name: str, config: Config) -> nn.Module:
     return component_of(name).build(config).eval()
 
 
+def check_config(name: str, config: Config, where: str) -> None:
+    """Refuse a config that does not describe a component.
+
+    Args:
+        name: of the component.
+        config: its ``config.json``.
+        where: the file, for the message.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    try:
+        component_of(name).dims(config)
+    except CheckpointError as error:
+        message = f"{where}: {error}"
+        raise CheckpointError(message, field=error.field, value=error.value, accepted=error.accepted) from None
+
+
 def call_of(engine: EngineSpec) -> Call:
     """What an engine computes."""
     return COMPONENTS[engine.model].calls[engine.name]

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from msgspec import Meta
 
 from cascade_rt.bundle import Bundle, default_bundle_path
-from cascade_rt.errors import CheckpointError, MissingCheckpointError, RequestError
+from cascade_rt.errors import CheckpointError, MissingCheckpointError, RequestError, plain, shown
+from cascade_rt.files import name_of, said_by
+from cascade_rt.manifest import MANIFEST
+from cascade_rt.schema import parse_json, validated
 from cascade_rt.stages import Size
 
 from . import presets
-from .components import Checkpoint, Component, Facts, TokenizerSource, refuse_pickle
-from .folders import FOLDERS, LITE_FOLDERS, ROOT_FILES, TOKENIZER_FOLDERS, FolderCheckpoint
+from .catalog import COMPONENTS, check_config
+from .folders import TOKENIZER_FOLDERS, FolderCheckpoint, open_folder, read_facts
+from .models import TextEncoderConfig
+from .networks import Checkpoint, CheckpointFacts, Network, TokenizerSource, check_no_pickle
 from .originals import split_single_file
-from .weights import SafetensorsSource
+from .tokenizer import MOST_BYTES, byte_tokenizer, check_tokenizer
+from .weights import DividedSource, SafetensorsSource, TensorSource
+from .weights_file import DIVIDED
 
 RANDOM = "random"
 HUB_SECONDS = 10
@@ -31,51 +41,72 @@ def open_checkpoint(place: str | None, size: Size | None) -> Checkpoint:
 
     Raises:
         CheckpointError: it is not there, or not of a kind that is read.
+        BundleError: it is a bundle that cannot be read.
+        RequestError: ``random:`` is not followed by a seed.
     """
     if place is None:
-        if size == "tiny":
-            return BundleCheckpoint(default_bundle_path())
-        return HubCheckpoint(size or "big")
+        return BundleCheckpoint(default_bundle_path()) if size == "tiny" else HubCheckpoint(size=size or "big")
     kind, _, seed = place.partition(":")
     if kind == RANDOM:
         return RandomCheckpoint(size or "big", _seed(place, seed))
-    path = Path(place).expanduser()
-    refuse_pickle(path)
-    if (path / "cascade.json").is_file():
-        return BundleCheckpoint(path)
-    if path.is_dir():
-        return FolderCheckpoint(path, size)
-    if path.is_file():
+    path, mode = _looked_up(place)
+    check_no_pickle(path)
+    if mode is not None and stat.S_ISDIR(mode):
+        return BundleCheckpoint(path) if os.path.lexists(path / MANIFEST) else open_folder(path, size)
+    if mode is not None:
         return FileCheckpoint(path)
-    if place.count("/") == 1 and not place.startswith((".", "/", "~")):
-        return HubCheckpoint(size or "big", place)
-    raise MissingCheckpointError(
-        f"there is no checkpoint at {place}; --checkpoint takes a diffusers folder, a .safetensors file, a hub id or "
-        "random:SEED"
-    )
+    if place.count("/") == 1 and not place.startswith((".", "/", "~", "-")):
+        return HubCheckpoint(size=size or "big", repo=place)
+    raise MissingCheckpointError(f"there is no checkpoint at {name_of(place)}; {_ACCEPTED}")
+
+
+_ACCEPTED = "--checkpoint takes a diffusers folder, a .safetensors file, a hub id or random:SEED"
+
+
+def _looked_up(place: str) -> tuple[Path, int | None]:
+    """The path that a user typed, and its mode; None where there is no such file.
+
+    Raises:
+        MissingCheckpointError: the path cannot be one.
+    """
+    try:
+        path = Path(place).expanduser()
+        try:
+            return path, path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return path, None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, no such user
+        raise MissingCheckpointError(
+            f"there is no checkpoint at {name_of(place)}: {said_by(error)}; {_ACCEPTED}"
+        ) from None
 
 
 def _seed(place: str, seed: str) -> int:
-    if not seed:
+    if not seed and ":" not in place:
         return 0
-    if not seed.isdigit() or int(seed) >= 2**63:
-        raise RequestError(f"{place!r} is not accepted; write random or random:SEED with a seed from 0 to 2**63 - 1")
+    if not (seed.isascii() and seed.isdigit() and len(seed) < 20 and int(seed) < 2**63):
+        raise RequestError(
+            f"--checkpoint {shown(place)} is not accepted; write random or random:SEED with a seed from 0 to 2**63 - 1",
+            field="--checkpoint",
+            value=place,
+            accepted="random or random:SEED with a seed from 0 to 2**63 - 1",
+        )
     return int(seed)
 
 
 @dataclass(frozen=True)
 class RandomCheckpoint:
-    """Seeded weights of the official shapes: latency work needs no download. Pictures are noise by construction."""
+    """Seeded weights of the official shapes: latency work needs no download. Their pictures are noise."""
 
     size: Size
     seed: int
 
     @property
-    def facts(self) -> Facts:
-        """What holds for the cascade as a whole."""
+    def facts(self) -> CheckpointFacts:
+        """What it says of the cascade as a whole."""
         side = 256 if self.size == "tiny" else 1024
-        return Facts(
-            source=f"random:{self.seed}",
+        return CheckpointFacts(
+            source=f"{RANDOM}:{self.seed}",
             name=f"cascade-{self.size} (random weights)",
             size=self.size,
             licence="none (random numbers)",
@@ -83,123 +114,148 @@ class RandomCheckpoint:
             width=side,
         )
 
-    def component(self, name: str) -> Component | None:
-        """A network."""
+    def network(self, name: str) -> Network | None:
+        """The network of a component."""
         config = presets.config_of(self.size, name)
-        return None if config is None else Component(config, None, seed=self.seed)
+        return None if config is None else Network(config=config, weights=None, seed=self.seed)
 
     def tokenizer(self) -> TokenizerSource | None:
         """The shipped one for tiny, whose vocabulary is small; else bytes: CLIP's vocabulary needs a download."""
         if self.size == "tiny":
             return BundleCheckpoint(default_bundle_path()).tokenizer()
-        config = presets.config_of(self.size, "text_encoder")
-        return None if config is None else byte_tokenizer(config)
+        config = presets.CLIP_G
+        return byte_tokenizer(
+            config["bos_token_id"], config["eos_token_id"], config["max_position_embeddings"], config["pad_token_id"]
+        )
 
 
-def byte_tokenizer(config: Mapping[str, Any]) -> TokenizerSource:
-    """A tokenizer of 256 bytes and CLIP's start and end tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    begin, end = config["bos_token_id"], config["eos_token_id"]
-    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {"<|startoftext|>": begin, "<|endoftext|>": end}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|startoftext|>", "<|endoftext|>")])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>",
-        special_tokens=[("<|startoftext|>", begin), ("<|endoftext|>", end)],
-    )
-    return TokenizerSource(tokenizer.to_str(), config["max_position_embeddings"], config["pad_token_id"])
+Divided = dict[str, Annotated[float, Meta(gt=0, le=2.0**60)]]
 
 
 class BundleCheckpoint:
     """A bundle is a checkpoint too: its weights keep their keys, and its manifest holds the configs."""
 
     def __init__(self, path: Path) -> None:
+        """Open a bundle.
+
+        Raises:
+            BundleError: it cannot be read.
+        """
         self.path = path
         self._bundle = Bundle(path)
 
     @property
-    def facts(self) -> Facts:
-        """What holds for the cascade as a whole."""
+    def facts(self) -> CheckpointFacts:
+        """What it says of the cascade as a whole."""
         manifest = self._bundle.manifest
-        m = manifest.model
-        return Facts(
-            source=m.source,
-            name=m.name,
-            size=m.size,
-            licence=m.licence,
-            revision=m.revision,
-            height=m.height,
-            width=m.width,
-            resolution_multiple=m.resolution_multiple,
-            latent_dim_scale=m.latent_dim_scale,
-            default_sampler=m.default_sampler,
+        model = manifest.model
+        return CheckpointFacts(
+            source=model.source,
+            name=model.name,
+            size=model.size,
+            licence=model.licence,
+            revision=model.revision,
+            height=model.height,
+            width=model.width,
+            resolution_multiple=model.resolution_multiple,
+            latent_dim_scale=model.latent_dim_scale,
+            default_sampler=model.default_sampler,
             sampling=manifest.sampling,
         )
 
-    def component(self, name: str) -> Component | None:
-        """A network."""
+    def network(self, name: str) -> Network | None:
+        """The network of a component."""
         model = self._bundle.manifest.models.get(name)
         if model is None:
             return None
         if model.weights is None:
             raise CheckpointError(
-                f"the bundle {self._bundle.path} holds {name} only as TensorRT plans, which cannot be exported again; "
-                f"name the checkpoint that they came from with --checkpoint ({self._bundle.manifest.model.source})"
+                f"the bundle {name_of(self.path)} holds {name} only as TensorRT engine files, which cannot be exported "
+                "again; name the checkpoint that they came from with --checkpoint "
+                f"({plain(model.source or self._bundle.manifest.model.source)})"
             )
-        weights = SafetensorsSource([self._bundle.file(model.weights)])
-        return Component(dict(model.config), weights, model.prediction_type or "epsilon", loras=model.loras)
+        check_config(name, model.config, name_of(self.path / MANIFEST))
+        return Network(
+            config=dict(model.config),
+            weights=_undivided(self._bundle.file(model.weights)),
+            prediction_type=model.prediction_type or "epsilon",
+            loras=model.loras,
+        )
 
     def tokenizer(self) -> TokenizerSource | None:
         """The tokenizer."""
-        record = self._bundle.manifest.tokenizer
-        if record is None:
+        manifest = self._bundle.manifest
+        if manifest.tokenizer is None or "text_encoder" not in manifest.models:
             return None
-        text = self._bundle.file(record.file).read_text(encoding="utf-8")
-        return TokenizerSource(text, record.max_length, record.pad_id)
+        path = self._bundle.file(manifest.tokenizer.file)
+        if path.stat().st_size > MOST_BYTES:
+            raise CheckpointError(f"{name_of(path)} has more than {MOST_BYTES} bytes; a tokenizer.json has fewer")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{name_of(path)} is no UTF-8 text: {error}") from None
+        source = TokenizerSource(text, manifest.tokenizer.max_length, manifest.tokenizer.pad_id)
+        config = TextEncoderConfig.from_dict(manifest.models["text_encoder"].config, name_of(self.path / MANIFEST))
+        check_tokenizer(source, config, name_of(path))
+        return source
+
+
+def _undivided(path: Path) -> TensorSource:
+    """The tensors of a bundle's weights file, as they were before some were divided for fp16."""
+    source = SafetensorsSource([path])
+    text = source.metadata().get(DIVIDED)
+    if text is None:
+        return source
+    where = f"{name_of(path)}, metadata {DIVIDED}"
+    return DividedSource(source, validated(parse_json(text, where, CheckpointError), Divided, where, CheckpointError))
 
 
 class FileCheckpoint:
     """One original ``.safetensors`` file, or ComfyUI's all-in-one files."""
 
     def __init__(self, path: Path) -> None:
+        """Open a file.
+
+        Raises:
+            CheckpointError: see `split_single_file`.
+        """
         self._path = path
-        self._parts = split_single_file(SafetensorsSource([path]), path)
+        self._parts = split_single_file(path)
 
     @property
-    def facts(self) -> Facts:
-        """What holds for the cascade as a whole."""
-        return Facts(source=self._path.name)
+    def facts(self) -> CheckpointFacts:
+        """What it says of the cascade as a whole."""
+        return CheckpointFacts(source=self._path.name)
 
-    def component(self, name: str) -> Component | None:
-        """A network."""
-        if name not in self._parts:
-            return None
-        config, weights = self._parts[name]
-        return Component(config, weights)
+    def network(self, name: str) -> Network | None:
+        """The network of a component."""
+        return self._parts.get(name)
 
     def tokenizer(self) -> TokenizerSource | None:
         """Single files hold no tokenizer."""
         return None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HubCheckpoint:
-    """The official weights, or another repository in diffusers' layout; fetched a component at a time."""
+    """The official weights, or another repository in diffusers' layout.
+
+    The hub is asked once for each repository which revision and files there are; files are fetched a component at a
+    time.
+    """
 
     size: Size
     repo: str | None = None
-    _folders: dict[str, FolderCheckpoint] = field(default_factory=dict, init=False)
+    _revisions: dict[str, str] = field(default_factory=dict, init=False)
+    _folders: dict[tuple[str, ...], FolderCheckpoint] = field(default_factory=dict, init=False)
 
     @property
-    def facts(self) -> Facts:
-        """What holds for the cascade as a whole."""
+    def facts(self) -> CheckpointFacts:
+        """What it says of the cascade as a whole; another repository than the official ones is asked for it."""
         if self.repo is not None:
-            return Facts(source=self.repo)
-        return Facts(
+            revision = self._revision(self.repo)
+            return read_facts(self._fetch(self.repo, []), self.size, source=self.repo, revision=revision)
+        return CheckpointFacts(
             source=presets.DECODER_REPO,
             name=f"stable-cascade-{self.size}",
             size=self.size,
@@ -208,35 +264,65 @@ class HubCheckpoint:
             width=1024,
         )
 
-    def component(self, name: str) -> Component | None:
-        """A network."""
-        folders = [*FOLDERS[name], *([LITE_FOLDERS[name]] if name in LITE_FOLDERS else [])]
+    def network(self, name: str) -> Network | None:
+        """The network of a component."""
+        row = COMPONENTS[name]
+        folders = [*row.folders, *row.lite_folders]
+        if self.repo is None and row.lite_folders:
+            folders = [*row.lite_folders] if self.size == "small" else [row.folders[0]]
         patterns = [f"{folder}/*" for folder in folders]
-        if self.repo is None and name in LITE_FOLDERS:
-            patterns = [f"{LITE_FOLDERS[name] if self.size == 'small' else FOLDERS[name][0]}/*"]
         if name in ("effnet", "previewer"):
-            patterns.append(f"{ROOT_FILES[name]}.safetensors")
+            patterns += [f"{stem}.safetensors" for stem in row.root_files]
         repo = self.repo or (presets.PRIOR_REPO if name in ("stage_c", "image_encoder") else presets.DECODER_REPO)
-        return self._fetch(repo, patterns).component(name)
+        return self._folder(repo, patterns).network(name)
 
     def tokenizer(self) -> TokenizerSource | None:
         """The tokenizer."""
-        patterns = [f"{folder}/*" for folder in (*TOKENIZER_FOLDERS, *FOLDERS["text_encoder"])]
-        return self._fetch(self.repo or presets.DECODER_REPO, patterns).tokenizer()
+        patterns = [f"{folder}/*" for folder in (*TOKENIZER_FOLDERS, *COMPONENTS["text_encoder"].folders)]
+        return self._folder(self.repo or presets.DECODER_REPO, patterns).tokenizer()
 
-    def _fetch(self, repo: str, patterns: list[str]) -> FolderCheckpoint:
-        from huggingface_hub import HfApi, snapshot_download
+    def _folder(self, repo: str, patterns: list[str]) -> FolderCheckpoint:
+        key = (repo, *patterns)
+        if key not in self._folders:
+            licence = presets.OFFICIAL_LICENCE if self.repo is None else None
+            self._folders[key] = open_folder(
+                self._fetch(repo, patterns), self.size, source=repo, licence=licence, revision=self._revision(repo)
+            )
+        return self._folders[key]
 
+    def _revision(self, repo: str) -> str:
+        """The commit that is exported: one for the whole export, whatever is pushed meanwhile."""
+        if repo not in self._revisions:
+            from huggingface_hub import HfApi
+
+            try:
+                self._revisions[repo] = str(HfApi().model_info(repo, timeout=HUB_SECONDS).sha)
+            except Exception as error:  # the hub client raises many unrelated types; all mean "not reached"
+                raise _not_given(repo, error) from error
+        return self._revisions[repo]
+
+    def _fetch(self, repo: str, patterns: list[str]) -> Path:
+        """The folder of a repository's files that fit ``patterns``, and of what it says of itself."""
+        from huggingface_hub import snapshot_download
+
+        revision = self._revision(repo)
+        wanted = [*patterns, "model_index.json", "scheduler/*", "prior_scheduler/*"]
         try:
-            revision = HfApi().model_info(repo, timeout=HUB_SECONDS).sha
-            wanted = [*patterns, "model_index.json", "scheduler/*", "prior_scheduler/*"]
             # the full-precision files are taken where there are both; pickles never
             path = snapshot_download(
-                repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*.bin", "*.bf16.*"]
+                repo,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=["*.bin", "*.bf16.*"],
+                etag_timeout=HUB_SECONDS,
             )
-        except Exception as error:  # the hub client raises many unrelated types; all mean "not fetched"
-            raise CheckpointError(
-                f"the hub did not give {repo} ({type(error).__name__}); where it cannot be reached, download the files "
-                "and name them with --checkpoint PATH, or use --checkpoint random:0 for latency work"
-            ) from error
-        return FolderCheckpoint(Path(path), self.size, repo, presets.OFFICIAL_LICENCE, revision)
+        except Exception as error:  # as above: all mean "not fetched"
+            raise _not_given(repo, error) from error
+        return Path(path)
+
+
+def _not_given(repo: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the hub did not give {name_of(repo)} ({type(error).__name__}); where it cannot be reached, download the "
+        "files and name them with --checkpoint PATH, or use --checkpoint random:0 for latency work"
+    )

@@ -2,187 +2,273 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from cascade_rt.bundle import LoopDefaults, SamplerPreset
-from cascade_rt.errors import CheckpointError
-from cascade_rt.sampling import PREDICTION_TYPES
+import torch
+from msgspec import Meta, Struct, field
+from msgspec.structs import replace
+
+from cascade_rt.errors import CheckpointError, shown
+from cascade_rt.files import MIB, name_of, read_bounded
+from cascade_rt.manifest import LoopDefaults, SamplerPreset
+from cascade_rt.sampling import PREDICTION_TYPES, SamplerName
+from cascade_rt.schema import parse_json, validated
 from cascade_rt.stages import Size
 
 from . import presets
-from .components import PICKLES, Component, Facts, ScheduleFacts, TokenizerSource
+from .catalog import COMPONENTS, Component, check_config
+from .models import StageAConfig, TextEncoderConfig
+from .networks import PICKLES, CheckpointFacts, Network, SchedulerConfig, TokenizerSource
 from .originals import split_single_file
-from .weights import SafetensorsSource
+from .tokenizer import read_tokenizer
+from .weights import COUNTERS, SafetensorsSource
 
-FOLDERS: dict[str, tuple[str, ...]] = {
-    "stage_c": ("prior", "prior_prior"),
-    "stage_b": ("decoder",),
-    "stage_a": ("vqgan",),
-    "text_encoder": ("text_encoder", "prior_text_encoder"),
-    "image_encoder": ("image_encoder", "prior_image_encoder"),
-    "effnet": ("effnet",),
-    "previewer": ("previewer",),
-}
-"""Where diffusers' prior, decoder and combined pipelines save each component (effnet and previewer: ours)."""
-
-LITE_FOLDERS = {"stage_c": "prior_lite", "stage_b": "decoder_lite"}
-ROOT_FILES = {
-    "stage_c": "stage_c",
-    "stage_b": "stage_b",
-    "stage_a": "stage_a",
-    "effnet": "effnet_encoder",
-    "previewer": "previewer",
-}
-CLASS_NAMES = {"PaellaVQModel": "stage_a", "SemanticEncoder": "effnet", "Previewer": "previewer"}
 TOKENIZER_FOLDERS = ("tokenizer", "prior_tokenizer")
+SCHEDULER = "DDPMWuerstchenScheduler"
+MOST_JSON_BYTES = 32 * MIB
+"""A shard index of a hundred thousand tensors has less."""
+
+T = TypeVar("T")
+_Text = Annotated[str, Meta(max_length=2000)]
+_Steps = Annotated[int, Meta(ge=1, le=1000)]
+_Scale = Annotated[float, Meta(ge=-1000, le=1000)]
+_Side = Annotated[int, Meta(ge=64, le=4096)]
 
 
-@dataclass
+class _OurPreset(Struct, kw_only=True):
+    """Steps and scales of one sampler, as a checkpoint carries them."""
+
+    prior_num_inference_steps: _Steps | None = None
+    prior_guidance_scale: _Scale | None = None
+    num_inference_steps: _Steps | None = None
+    decoder_guidance_scale: _Scale | None = None
+
+
+class _OurSampling(Struct, kw_only=True):
+    """Which sampler a checkpoint was made for, and with which settings."""
+
+    sampler: SamplerName | None = None
+    original: _OurPreset = _OurPreset()
+    diffusers: _OurPreset = _OurPreset()
+
+
+class _OurSection(Struct, kw_only=True):
+    """The section ``cascade_rt`` of ``model_index.json``, which a checkpoint may carry."""
+
+    name: _Text | None = None
+    size: Literal["tiny", "small", "big", "custom"] | None = None
+    licence: _Text | None = None
+    height: _Side | None = None
+    width: _Side | None = None
+    sampling: _OurSampling | None = None
+
+
+class _ModelIndex(Struct, kw_only=True):
+    """What is used of a pipeline's ``model_index.json``."""
+
+    resolution_multiple: Annotated[float, Meta(ge=1, le=1024)] = 42.67
+    latent_dim_scale: Annotated[float, Meta(ge=0.1, le=1024)] = 10.67
+    cascade_rt: _OurSection = _OurSection()
+
+
+class _SchedulerFile(Struct, kw_only=True):
+    """What is used of ``scheduler_config.json``; ``prediction_type`` is our own key."""
+
+    class_name: _Text = field(name="_class_name", default=SCHEDULER)
+    scaler: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    s: Annotated[float, Meta(gt=0, le=100)] = 0.008
+    prediction_type: _Text = "epsilon"
+
+
+class _ShardIndex(Struct, kw_only=True):
+    """What is used of ``….safetensors.index.json``."""
+
+    weight_map: Annotated[dict[str, Annotated[str, Meta(max_length=255)]], Meta(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FolderCheckpoint:
-    """What ``save_pretrained`` of diffusers' pipelines writes, or the folder of one model, or original files."""
+    """What ``save_pretrained`` of diffusers' pipelines writes, or the folder of one model, or original files.
+
+    Use `open_folder`, which checks what the folder says of itself.
+    """
 
     path: Path
     size: Size | None
-    source: str | None = None
-    licence: str | None = None
-    revision: str | None = None
-    _schedules: dict[str, ScheduleFacts] = field(default_factory=dict, init=False)
+    facts: CheckpointFacts
 
-    def __post_init__(self) -> None:
-        """Read what the folder says of itself.
-
-        Raises:
-            CheckpointError: there is nothing in it that is a part of a cascade.
-        """
-        self._index = _read_json(self.path / "model_index.json") or {}
-        decoder = _read_schedule(self.path / "scheduler")
-        self._schedules = {
-            "stage_b": decoder or ScheduleFacts(),
-            # a combined pipeline keeps the prior's beside the decoder's
-            "stage_c": _read_schedule(self.path / "prior_scheduler") or decoder or ScheduleFacts(),
-        }
-        self._refuse_two_text_encoders()
-        if not any(self._find(name) for name in FOLDERS):
-            pickles = [p.name for p in sorted(self.path.rglob("*")) if p.suffix in PICKLES]
-            also = f"; {pickles[0]} is a pickle, which can run code when read, and is not opened" if pickles else ""
-            known = sorted({f for folders in FOLDERS.values() for f in folders})
-            raise CheckpointError(f"{self.path} holds no part of a cascade (none of {', '.join(known)}){also}")
-
-    @property
-    def facts(self) -> Facts:
-        """What holds for the cascade as a whole."""
-        ours = self._index.get("cascade_rt", {})
-        return Facts(
-            source=self.source or self.path.resolve().name,
-            name=ours.get("name"),
-            size=ours.get("size") or self.size,
-            licence=self.licence or ours.get("licence"),
-            revision=self.revision,
-            height=ours.get("height"),
-            width=ours.get("width"),
-            resolution_multiple=self._index.get("resolution_multiple", 42.67),
-            latent_dim_scale=self._index.get("latent_dim_scale", 10.67),
-            prior_schedule=self._schedules["stage_c"],
-            decoder_schedule=self._schedules["stage_b"],
-            default_sampler=ours.get("sampling", {}).get("sampler"),
-            sampling=_sampling(ours["sampling"], self._stage_a_scale()) if "sampling" in ours else None,
-        )
-
-    def component(self, name: str) -> Component | None:
-        """A network."""
-        place = self._find(name)
+    def network(self, name: str) -> Network | None:
+        """The network of a component."""
+        row = COMPONENTS[name]
+        place = _find(self.path, self.size, row)
         if place is None:
+            if self.size != "small" and _find(self.path, "small", row) is not None:
+                raise CheckpointError(f"{name_of(self.path)} holds only the small {name}; add --size small")
             return None
         if place.is_file():
-            part = split_single_file(SafetensorsSource([place]), place).get(name)
-            return None if part is None else Component(*part)
+            part = split_single_file(place).get(name)
+            if part is None:
+                raise CheckpointError(f"{name_of(place)} holds no {name}, as its name says")
+            return part
         config = _read_json(place / "config.json")
         if config is None:
-            raise CheckpointError(f"{place} has no config.json; it says what architecture the weights are")
-        prediction = self._schedules.get(name, ScheduleFacts()).prediction_type
-        return Component(config, SafetensorsSource(_weight_files(place)), prediction)
+            raise CheckpointError(f"{name_of(place)} has no config.json; it says what architecture the weights are")
+        check_config(name, config, name_of(place / "config.json"))
+        schedulers = {"stage_c": self.facts.prior_scheduler, "stage_b": self.facts.decoder_scheduler}
+        prediction = schedulers.get(name, presets.PLAIN_SCHEDULER).prediction_type
+        return Network(config=config, weights=SafetensorsSource(_weight_files(place)), prediction_type=prediction)
 
     def tokenizer(self) -> TokenizerSource | None:
-        """The tokenizer, turned into one ``tokenizer.json`` where it is in CLIP's older two files."""
-        for name in TOKENIZER_FOLDERS:
-            folder = self.path / name
-            if folder.is_dir():
-                return _read_tokenizer(folder, _read_json((self._find("text_encoder") or folder) / "config.json") or {})
-        return None
+        """The tokenizer; a checkpoint without a text encoder has none."""
+        encoder = _find(self.path, self.size, COMPONENTS["text_encoder"])
+        folder = next((self.path / n for n in TOKENIZER_FOLDERS if (self.path / n).is_dir()), None)
+        if encoder is None or folder is None:
+            return None
+        where = encoder / "config.json"
+        return read_tokenizer(folder, TextEncoderConfig.from_dict(_read_json(where) or {}, name_of(where)))
 
-    def _find(self, name: str) -> Path | None:
-        folders = FOLDERS[name]
-        if self.size == "small" and name in LITE_FOLDERS:
-            folders = (LITE_FOLDERS[name], *folders)
-        for folder in folders:
-            if (self.path / folder).is_dir():
-                return self.path / folder
-        if _component_of(_read_json(self.path / "config.json") or {}) == name:
-            return self.path
-        if name in ROOT_FILES:
-            stem = ROOT_FILES[name] + ("_lite" if self.size == "small" and name in LITE_FOLDERS else "")
-            for variant in (stem, f"{stem}_bf16"):
-                if (self.path / f"{variant}.safetensors").is_file():
-                    return self.path / f"{variant}.safetensors"
-        return None
 
-    def _stage_a_scale(self) -> float:
-        place = self._find("stage_a")
-        config = (_read_json(place / "config.json") if place and place.is_dir() else None) or {}
-        return float(config.get("scale_factor", presets.DIFFUSERS_LATENT_SCALE))
+def open_folder(
+    path: Path,
+    size: Size | None,
+    *,
+    source: str | None = None,
+    licence: str | None = None,
+    revision: str | None = None,
+) -> FolderCheckpoint:
+    """Open a folder, and read what it says of itself.
 
-    def _refuse_two_text_encoders(self) -> None:
-        """A combined pipeline stores the text encoder twice; a bundle has one, so they must be the same."""
-        both = [self.path / folder for folder in FOLDERS["text_encoder"]]
-        if not all(p.is_dir() for p in both):
-            return
-        first, second = (SafetensorsSource(_weight_files(p)) for p in both)
-        same = first.shapes == second.shapes and all(
-            bool((first.read(n) == second.read(n)).all()) for n in list(first.shapes)
+    Args:
+        path: the folder.
+        size: ``small`` prefers folders and files of the small networks, where both lie there.
+        source: what the manifest says that the weights came from; None: the folder's name.
+        licence: of the weights; None: what the folder says.
+        revision: commit of the source.
+
+    Raises:
+        CheckpointError: nothing in it is a part of a cascade, or what it says cannot be read.
+    """
+    if not any(_find(path, size, row) for row in COMPONENTS.values()):
+        raise CheckpointError(_nothing_in(path, size))
+    _check_text_encoders(path)
+    facts = read_facts(path, size, source=source, licence=licence, revision=revision)
+    return FolderCheckpoint(path=path, size=size, facts=facts)
+
+
+def read_facts(
+    path: Path,
+    size: Size | None,
+    *,
+    source: str | None = None,
+    licence: str | None = None,
+    revision: str | None = None,
+) -> CheckpointFacts:
+    """What a folder says of the cascade as a whole; arguments as of `open_folder`.
+
+    Raises:
+        CheckpointError: what it says cannot be read.
+    """
+    where = path / "model_index.json"
+    index = validated(_read_json(where) or {}, _ModelIndex, name_of(where), CheckpointError)
+    ours = index.cascade_rt
+    decoder = _read_scheduler(path / "scheduler") or presets.PLAIN_SCHEDULER
+    return CheckpointFacts(
+        source=source or path.resolve().name,
+        name=ours.name,
+        size=ours.size or size,
+        licence=licence or ours.licence,
+        revision=revision,
+        height=ours.height,
+        width=ours.width,
+        resolution_multiple=index.resolution_multiple,
+        latent_dim_scale=index.latent_dim_scale,
+        # a combined pipeline keeps the prior's beside the decoder's
+        prior_scheduler=_read_scheduler(path / "prior_scheduler") or decoder,
+        decoder_scheduler=decoder,
+        default_sampler=ours.sampling.sampler if ours.sampling else None,
+        sampling=_presets(ours.sampling, _latent_scale(path)) if ours.sampling else None,
+    )
+
+
+def _find(path: Path, size: Size | None, row: Component) -> Path | None:
+    """The folder or single file of a component."""
+    small = size == "small"
+    folders = (*row.lite_folders, *row.folders) if small else row.folders
+    for folder in folders:
+        if (path / folder).is_dir():
+            return path / folder
+    if row.is_config(_read_json(path / "config.json") or {}):
+        return path
+    for stem in row.lite_root_files if small and row.lite_root_files else row.root_files:
+        if (path / f"{stem}.safetensors").is_file():
+            return path / f"{stem}.safetensors"
+    return None
+
+
+def _nothing_in(path: Path, size: Size | None) -> str:
+    """The message of a folder without a part of a cascade."""
+    if size != "small" and any(_find(path, "small", row) for row in COMPONENTS.values()):
+        return f"{name_of(path)} holds only the small networks of a cascade; add --size small"
+    pickles = [entry.name for entry in sorted(path.iterdir()) if entry.suffix in PICKLES]
+    files = [entry.name for entry in sorted(path.iterdir()) if entry.suffix == ".safetensors"]
+    more = f"; {name_of(pickles[0])} is a pickle, which can run code when read, and is not opened" if pickles else ""
+    if files:
+        more += f"; to read {name_of(files[0])}, name the file itself: --checkpoint {name_of(path / files[0])}"
+    known = sorted({folder for row in COMPONENTS.values() for folder in row.folders})
+    return f"{name_of(path)} holds no part of a cascade (none of {', '.join(known)}){more}"
+
+
+def _latent_scale(path: Path) -> float:
+    """Stage A's factor, where the folder has a Stage A with a config."""
+    place = _find(path, None, COMPONENTS["stage_a"])
+    config = _read_json(place / "config.json") if place is not None and place.is_dir() else None
+    return StageAConfig.from_dict(config, name_of(path)).scale_factor if config else presets.DIFFUSERS_LATENT_SCALE
+
+
+def _check_text_encoders(path: Path) -> None:
+    """A combined pipeline stores the text encoder twice; a bundle has one, so they must be the same.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    both = [path / folder for folder in COMPONENTS["text_encoder"].folders]
+    if not all(place.is_dir() for place in both):
+        return
+    first, second = (SafetensorsSource(_weight_files(place)) for place in both)
+    names = [name for name in first.shapes if not name.endswith(COUNTERS)]
+    if first.shapes != second.shapes or not all(torch.equal(first.read(name), second.read(name)) for name in names):
+        raise CheckpointError(
+            f"{name_of(path)} has two different text encoders ({' and '.join(p.name for p in both)}); a bundle has "
+            "one. Export the prior and the decoder from checkpoints of their own, into two bundles"
         )
-        if not same:
-            raise CheckpointError(
-                f"{self.path} has two different text encoders (text_encoder, prior_text_encoder); a bundle has one. "
-                "Export the prior and the decoder from checkpoints of their own, into two bundles"
-            )
 
 
-def _read_schedule(folder: Path) -> ScheduleFacts | None:
+def _read_scheduler(folder: Path) -> SchedulerConfig | None:
     """A scheduler folder, None if there is none.
 
     Raises:
         CheckpointError: a scheduler of another class, or values that are none.
     """
-    config = _read_json(folder / "scheduler_config.json")
-    if config is None:
+    path = folder / "scheduler_config.json"
+    document = _read_json(path)
+    if document is None:
         return None
-    kind = config.get("_class_name", "DDPMWuerstchenScheduler")
-    if kind != "DDPMWuerstchenScheduler":
-        raise CheckpointError(f"{folder} is a {kind}; Stable Cascade is sampled with a DDPMWuerstchenScheduler")
-    scaler, s = config.get("scaler", 1.0), config.get("s", 0.008)
-    if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 100 for x in (scaler, s)):
-        raise CheckpointError(f"{folder} has scaler {scaler!r} and s {s!r}; positive numbers are needed")
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTION_TYPES:
-        raise CheckpointError(f"{folder} has prediction_type {prediction!r}; known are {', '.join(PREDICTION_TYPES)}")
-    return ScheduleFacts(float(scaler), float(s), prediction)
-
-
-def _component_of(config: Mapping[str, Any]) -> str | None:
-    """Which component a bare model folder is, from its config."""
-    name = config.get("_class_name")
-    if name == "StableCascadeUNet":
-        return "stage_b" if config.get("effnet_in_channels") else "stage_c"
-    if name in CLASS_NAMES:
-        return CLASS_NAMES[name]
-    architecture = (config.get("architectures") or [""])[0]
-    return {"CLIPTextModelWithProjection": "text_encoder", "CLIPVisionModelWithProjection": "image_encoder"}.get(
-        architecture
-    )
+    read = validated(document, _SchedulerFile, name_of(path), CheckpointError)
+    if read.class_name != SCHEDULER:
+        raise CheckpointError(
+            f"{name_of(path)} is of a {shown(read.class_name)}; Stable Cascade is sampled with a {SCHEDULER}"
+        )
+    prediction = next((known for known in PREDICTION_TYPES if known == read.prediction_type), None)
+    if prediction is None:
+        raise CheckpointError(
+            f"{name_of(path)} has prediction_type {shown(read.prediction_type)}; known are "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    return SchedulerConfig(scaler=read.scaler, s=read.s, prediction_type=prediction)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -193,81 +279,69 @@ def _weight_files(folder: Path) -> list[Path]:
     """
     for stem in ("diffusion_pytorch_model", "model"):
         for variant in ("", ".fp32", ".bf16", ".fp16"):
-            index = _read_json(folder / f"{stem}.safetensors.index{variant}.json")
-            if index is not None:
-                return _shards(folder, index)
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if (document := _read_json(index)) is not None:
+                return _shards(index, document)
             if (path := folder / f"{stem}{variant}.safetensors").exists():
                 return [path]
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return others
-    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+    pickles = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in PICKLES]
     if pickles:
         raise CheckpointError(
-            f"{folder} has only {pickles[0]}, a pickle, which can run code when it is read; only .safetensors is. "
-            "Save it again with save_pretrained(safe_serialization=True)"
+            f"{name_of(folder)} has only {name_of(pickles[0])}, a pickle, which can run code when it is read; only "
+            ".safetensors is read. Save it again with save_pretrained(safe_serialization=True)"
         )
-    raise CheckpointError(f"{folder} has no weights (diffusion_pytorch_model.safetensors or model.safetensors)")
+    raise CheckpointError(
+        f"{name_of(folder)} has no weights (diffusion_pytorch_model.safetensors or model.safetensors)"
+    )
 
 
-def _shards(folder: Path, index: Mapping[str, Any]) -> list[Path]:
+def _shards(index: Path, document: Mapping[str, Any]) -> list[Path]:
     """The files that a shard index names.
 
     Raises:
         CheckpointError: it names none, or one that lies elsewhere.
     """
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"the shard index in {folder} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
+    names = sorted(set(validated(dict(document), _ShardIndex, name_of(index), CheckpointError).weight_map.values()))
     for name in names:
-        if Path(name).name != name or Path(name).suffix != ".safetensors":
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
             raise CheckpointError(
-                f"the shard index in {folder} names {name!r}, which is no .safetensors file beside it"
+                f"{name_of(index)}: weight_map names {shown(name)}, which is no .safetensors file beside it"
             )
-    return [folder / name for name in names]
+    return [index.parent / name for name in names]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None if there is no such file.
+
+    Raises:
+        CheckpointError: it is no regular file, too large, or no JSON object.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = read_bounded(path, MOST_JSON_BYTES, CheckpointError)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
+    document = parse_json(data, name_of(path), CheckpointError)
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{name_of(path)} holds a {type(document).__name__}, not a JSON object")
+    return document
 
 
-def _read_tokenizer(folder: Path, text_config: Mapping[str, Any]) -> TokenizerSource:
-    config = _read_json(folder / "tokenizer_config.json") or {}
-    if (folder / "tokenizer.json").is_file() and "model_max_length" not in config:
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        return TokenizerSource(text, text_config["max_position_embeddings"], text_config["pad_token_id"])
-    from transformers import CLIPTokenizerFast
-
-    try:
-        tokenizer = CLIPTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # transformers raises many unrelated types for damaged files
-        raise CheckpointError(f"{folder} is not a readable CLIP tokenizer: {error}") from error
-    length = min(tokenizer.model_max_length, text_config.get("max_position_embeddings", 77))
-    return TokenizerSource(tokenizer.backend_tokenizer.to_str(), length, tokenizer.pad_token_id)
-
-
-def _sampling(row: Mapping[str, Any], latent_scale: float) -> dict[str, SamplerPreset]:
+def _presets(ours: _OurSampling, latent_scale: float) -> dict[SamplerName, SamplerPreset]:
     """Sampling settings that a checkpoint carries: our defaults with its steps and scales."""
-    made = {}
-    for name, preset in presets.default_sampling(latent_scale).items():
-        own = row.get(name, {})
-
-        def loop(base: LoopDefaults, steps: str, scale: str, own: Mapping[str, Any] = own) -> LoopDefaults:
-            values = {"num_inference_steps": own.get(steps), "guidance_scale": own.get(scale)}
-            return replace(base, **{k: v for k, v in values.items() if v is not None})
-
-        made[name] = SamplerPreset(
-            loop(preset.prior, "prior_num_inference_steps", "prior_guidance_scale"),
-            loop(preset.decoder, "num_inference_steps", "decoder_guidance_scale"),
-            preset.latent_scale,
+    own: dict[SamplerName, _OurPreset] = {"original": ours.original, "diffusers": ours.diffusers}
+    return {
+        name: SamplerPreset(
+            prior=_with(preset.prior, own[name].prior_num_inference_steps, own[name].prior_guidance_scale),
+            decoder=_with(preset.decoder, own[name].num_inference_steps, own[name].decoder_guidance_scale),
+            latent_scale=preset.latent_scale,
         )
-    return made
+        for name, preset in presets.default_sampling(latent_scale).items()
+    }
+
+
+def _with(base: LoopDefaults, steps: int | None, scale: float | None) -> LoopDefaults:
+    changes = {"num_inference_steps": steps, "guidance_scale": scale}
+    return replace(base, **{name: value for name, value in changes.items() if value is not None})

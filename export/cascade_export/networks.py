@@ -111,7 +111,7 @@ class CheckpointFacts:
     prior_scheduler: SchedulerConfig = SchedulerConfig()
     decoder_scheduler: SchedulerConfig = SchedulerConfig()
     default_sampler: SamplerName | None = None
-    sampling: Mapping[str, SamplerPreset] | None = None
+    sampling: Mapping[SamplerName, SamplerPreset] | None = None
 
 
 class Checkpoint(Protocol):

@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from cascade_rt.bundle import LoopDefaults, SamplerPreset, find_bundle
+from cascade_rt.bundle import find_bundle
+from cascade_rt.manifest import LoopDefaults, SamplerPreset
+from cascade_rt.sampling import SamplerName
 from cascade_rt.stages import Size
 
-from .components import ScheduleFacts
-from .models import DenoiserConfig, EffNetConfig, StageAConfig
+from .models import DenoiserConfig, EffNetConfig, PreviewerConfig, StageAConfig
 from .models.denoiser_config import BLOCK_TYPES
+from .networks import SchedulerConfig
 
 PRIOR_REPO = "stabilityai/stable-cascade-prior"
 DECODER_REPO = "stabilityai/stable-cascade"
 OFFICIAL_LICENCE = "Stability AI non-commercial research community licence"
 AUTHORS_LATENT_SCALE = 0.43
 DIFFUSERS_LATENT_SCALE = 0.3764
-PLAIN_SCHEDULE = ScheduleFacts()
+PLAIN_SCHEDULER = SchedulerConfig()
 
 _CONV_BLOCKS = BLOCK_TYPES[:2]
 _PRIOR = DenoiserConfig(clip_text_in_channels=1280, clip_image_in_channels=768, switch_level=(False,))
@@ -39,7 +41,7 @@ _DECODER = DenoiserConfig(
     self_attn=(True, True, True, True),
     timestep_conditioning_type=("sca",),
 )
-_CLIP_G = {
+CLIP_G: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -63,11 +65,11 @@ _CLIP_L_VISION = {
     "hidden_act": "quick_gelu",
 }
 _SHARED: dict[str, dict[str, Any]] = {
-    "text_encoder": _CLIP_G,
+    "text_encoder": CLIP_G,
     "image_encoder": _CLIP_L_VISION,
     "stage_a": asdict(StageAConfig()),
     "effnet": asdict(EffNetConfig()),
-    "previewer": {},
+    "previewer": asdict(PreviewerConfig()),
 }
 CONFIGS: dict[Size, dict[str, dict[str, Any]]] = {
     "big": {"stage_c": asdict(_PRIOR), "stage_b": asdict(_DECODER), **_SHARED},
@@ -110,8 +112,8 @@ def config_of(size: Size, component: str) -> dict[str, Any] | None:
 
 
 def default_sampling(
-    latent_scale: float, prior: ScheduleFacts = PLAIN_SCHEDULE, decoder: ScheduleFacts = PLAIN_SCHEDULE
-) -> dict[str, SamplerPreset]:
+    latent_scale: float, prior: SchedulerConfig = PLAIN_SCHEDULER, decoder: SchedulerConfig = PLAIN_SCHEDULER
+) -> dict[SamplerName, SamplerPreset]:
     """The authors' and diffusers' settings.
 
     Args:
@@ -123,11 +125,13 @@ def default_sampling(
     authors = AUTHORS_LATENT_SCALE if latent_scale == DIFFUSERS_LATENT_SCALE else latent_scale
     return {
         "original": SamplerPreset(
-            LoopDefaults(20, 4.0, guidance_rescale=0.7, shift=2.0), LoopDefaults(10, 1.1, guidance_rescale=0.7), authors
+            prior=LoopDefaults(num_inference_steps=20, guidance_scale=4.0, guidance_rescale=0.7, shift=2.0),
+            decoder=LoopDefaults(num_inference_steps=10, guidance_scale=1.1, guidance_rescale=0.7),
+            latent_scale=authors,
         ),
         "diffusers": SamplerPreset(
-            LoopDefaults(20, 4.0, scaler=prior.scaler, s=prior.s),
-            LoopDefaults(10, 0.0, scaler=decoder.scaler, s=decoder.s),
-            latent_scale,
+            prior=LoopDefaults(num_inference_steps=20, guidance_scale=4.0, scaler=prior.scaler, s=prior.s),
+            decoder=LoopDefaults(num_inference_steps=10, guidance_scale=0.0, scaler=decoder.scaler, s=decoder.s),
+            latent_scale=latent_scale,
         ),
     }

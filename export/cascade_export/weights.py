@@ -1,15 +1,11 @@
-"""Tensors of a checkpoint, read one at a time, and their way into a bundle's safetensors.
-
-Nothing here holds more than one tensor in memory, so a 14 GB checkpoint is exported on a laptop.
-"""
+"""Tensors of a checkpoint, read one at a time: nothing here holds more than one in memory."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
+import stat
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,14 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cascade_rt.errors import CheckpointError, OutputError
+from cascade_rt.errors import CheckpointError, plain, shortened
+from cascade_rt.files import MIB, name_of, said_by
 
-_SAFETENSORS_DTYPE = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
+PLAIN_DTYPES = ("F32", "F16", "BF16", "F64")
+SCALED_DTYPES = ("F8_E4M3", "F8_E5M2")
+"""Read where the file holds a scale for the tensor, too."""
+
+COUNTERS = ("num_batches_tracked", "position_ids")
+"""Endings of names that are integers and are never read: bookkeeping of BatchNorm and of older transformers."""
+
+IDLE = (*COUNTERS, "logit_scale", "vquantizer.embedding.weight")
+"""Endings of names that no engine uses: CLIP's training has a scale, Stage A a codebook."""
+
+MOST_HEADER_BYTES = 32 * MIB
+MOST_AXES = 8
 Shape = tuple[int, ...]
 
 
@@ -37,43 +40,156 @@ class TensorSource(Protocol):
         """Name and shape of every tensor."""
         ...
 
+    def check_dtype(self, name: str) -> None:
+        """Refuse a tensor that is no weight by its dtype.
+
+        Raises:
+            CheckpointError: its dtype is not one of `PLAIN_DTYPES`, and not fp8 with a scale.
+        """
+        ...
+
     def read(self, name: str) -> Tensor:
-        """One tensor, in the dtype in which it is stored."""
+        """One tensor, in the floating dtype in which it is stored; fp8 is multiplied with its scale, in float32.
+
+        Raises:
+            CheckpointError: as `check_dtype`, or the file cannot be read any more.
+        """
         ...
 
 
 class SafetensorsSource:
-    """One or more safetensors files (the shards of one model)."""
+    """One or more safetensors files (the shards of one model).
+
+    Integers, booleans and complex numbers are no weights: such a tensor may lie in a file, and is refused where it is
+    read. fp8 is read with a scale, as ComfyUI stores it: the weight is ``X.weight * X.scale_weight``, or
+    ``X.weight * X.weight_scale``, where the scale is one number or one for every row. Without a scale fp8 is refused:
+    a file that was cast without one cannot be told from a file that has lost its scales.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """Open the files.
 
         Raises:
-            CheckpointError: a file is missing, truncated or no safetensors.
+            CheckpointError: a file is missing, truncated or no safetensors, or two hold the same tensor.
         """
         self._where: dict[str, Path] = {}
         self._files: dict[Path, Any] = {}
-        self._shapes: dict[str, Shape] = {}
+        self._dtypes: dict[str, str] = {}
+        stored: dict[str, Shape] = {}
         for path in paths:
-            try:
-                self._files[path] = file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} is missing, truncated or no safetensors file ({error}); download it again"
-                ) from error
+            self._files[path] = file = _opened(path)
             for name in file.keys():  # noqa: SIM118 - a handle, not a dict
-                self._where[name] = path
-                self._shapes[name] = tuple(file.get_slice(name).get_shape())
+                if name in self._where:
+                    other = name_of(self._where[name].name)
+                    raise CheckpointError(f"{name_of(path)} and {other} both hold {_quoted(name)}; they are no shards")
+                tensor = file.get_slice(name)
+                self._where[name], self._dtypes[name] = path, str(tensor.get_dtype())
+                stored[name] = tuple(tensor.get_shape())
+                if len(stored[name]) > MOST_AXES:
+                    axes = len(stored[name])
+                    raise CheckpointError(f"{name_of(path)}: {_quoted(name)} has {axes} axes; weights have up to 4")
+        self._stored = stored
+        self._scales = {n: s for n, d in self._dtypes.items() if d in SCALED_DTYPES and (s := self._scale_of(n))}
+        helpers = {helper for name in self._scales for helper in _helpers(name)}
+        self._shapes = {n: s for n, s in stored.items() if n not in helpers and not _is_marker(n)}
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Name and shape of every tensor."""
+        """Name and shape of every tensor; scales of others are left out."""
         return self._shapes
+
+    def check_dtype(self, name: str) -> None:
+        """Refuse a tensor that is no weight by its dtype."""
+        dtype = self._dtypes[name]
+        if dtype in PLAIN_DTYPES or name in self._scales:
+            return
+        where = f"{name_of(self._where[name])}: {_quoted(name)} is {dtype}"
+        if dtype in SCALED_DTYPES:
+            wanted = " or ".join(_scale_names(name))
+            raise CheckpointError(f"{where} without a scale ({_quoted(wanted)}); use the file in bf16, fp16 or fp32")
+        raise CheckpointError(f"{where}; weights are {', '.join(PLAIN_DTYPES)}, or fp8 with a scale")
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
-        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
+        self.check_dtype(name)
+        tensor = self._stored_tensor(name)
+        return tensor if name not in self._scales else tensor.float() * self._scale(name, tensor)
+
+    def metadata(self) -> dict[str, str]:
+        """What the files say of themselves."""
+        return {key: value for file in self._files.values() for key, value in (file.metadata() or {}).items()}
+
+    def _stored_tensor(self, name: str) -> Tensor:
+        path = self._where[name]
+        try:
+            tensor: Tensor = self._files[path].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{name_of(path)}: {_quoted(name)} cannot be read: {plain(str(error))}") from error
         return tensor
+
+    def _scale_of(self, name: str) -> str | None:
+        return next((scale for scale in _scale_names(name) if scale in self._where), None)
+
+    def _scale(self, name: str, tensor: Tensor) -> Tensor:
+        """The scale of an fp8 tensor, in a shape that can be multiplied with it."""
+        name_of_scale = self._scales[name]
+        shape, rows = self._stored[name_of_scale], (tensor.shape[:1] if tensor.ndim else torch.Size([1]))
+        if self._dtypes[name_of_scale] not in PLAIN_DTYPES or math.prod(shape) not in (1, rows[0]):
+            raise CheckpointError(
+                f"{name_of(self._where[name])}: {_quoted(name_of_scale)} is {self._dtypes[name_of_scale]} of shape "
+                f"{shape}; the scale of {_quoted(name)} is one floating number, or one for each of its {rows[0]} rows"
+            )
+        scale = self._stored_tensor(name_of_scale).float().reshape(-1)
+        if not (torch.isfinite(scale) & (scale > 0)).all():
+            raise CheckpointError(
+                f"{name_of(self._where[name])}: {_quoted(name_of_scale)} holds a number that is not above 0"
+            )
+        return scale.reshape(-1, *(1,) * (tensor.ndim - 1)) if tensor.ndim else scale.reshape(())
+
+
+def _opened(path: Path) -> Any:
+    """A handle of the safetensors library.
+
+    Raises:
+        CheckpointError: it is no regular file, which could make the reader wait for ever, or no safetensors file.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{name_of(path)} is no regular file; put the .safetensors file itself there")
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MOST_HEADER_BYTES and header < path.stat().st_size:
+            raise CheckpointError(
+                f"{name_of(path)} has a header of {header} bytes; a safetensors file's has at most {MOST_HEADER_BYTES}"
+            )
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{name_of(path)} is missing, truncated or no safetensors file ({said_by(error)}); download it again"
+        ) from error
+
+
+def _scale_names(name: str) -> tuple[str, ...]:
+    """Names under which the scale of a tensor may lie beside it."""
+    stem = name.removesuffix("weight")
+    return (f"{stem}scale_weight", f"{name}_scale")
+
+
+def _helpers(name: str) -> tuple[str, ...]:
+    """Tensors beside an fp8 tensor that belong to it; scales of its input are for arithmetic in fp8."""
+    stem = name.removesuffix("weight")
+    return (*_scale_names(name), f"{stem}scale_input", f"{stem}input_scale", f"{stem}comfy_quant")
+
+
+def _is_marker(name: str) -> bool:
+    """Whether a tensor only says that the file holds fp8 with scales."""
+    return name == "scaled_fp8" or name.endswith(".scaled_fp8")
+
+
+def _quoted(name: str) -> str:
+    return shortened(plain(name), 120)
 
 
 @dataclass(frozen=True)
@@ -95,19 +211,32 @@ class RenamedSource:
     """Another source under our names."""
 
     def __init__(self, base: TensorSource, origins: Mapping[str, Origin]) -> None:
+        """Rename.
+
+        Raises:
+            CheckpointError: a tensor cannot be cut into equal parts.
+        """
         self._base = base
         self._origins = origins
+        self._shapes = {name: self._shape(origin) for name, origin in origins.items()}
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Name and shape of every tensor."""
-        return {name: self._shape(origin) for name, origin in self._origins.items()}
+        return self._shapes
 
     def _shape(self, origin: Origin) -> Shape:
         shape = self._base.shapes[origin.key]
         if origin.part is not None:
-            shape = (shape[0] // origin.part[1], *shape[1:])
+            count = origin.part[1]
+            if not shape or shape[0] % count:
+                raise CheckpointError(f"{_quoted(origin.key)} of shape {shape} does not have {count} equal parts")
+            shape = (shape[0] // count, *shape[1:])
         return shape[::-1] if origin.transpose else shape
+
+    def check_dtype(self, name: str) -> None:
+        """Refuse a tensor that is no weight by its dtype."""
+        self._base.check_dtype(self._origins[name].key)
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
@@ -117,6 +246,28 @@ class RenamedSource:
             index, count = origin.part
             tensor = tensor.chunk(count)[index]
         return tensor.T if origin.transpose else tensor
+
+
+class DividedSource:
+    """A bundle's fp16 tensors, some of which are stored divided by a power of two; read as they were before."""
+
+    def __init__(self, base: TensorSource, divided: Mapping[str, float]) -> None:
+        self._base = base
+        self._divided = divided
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Name and shape of every tensor."""
+        return self._base.shapes
+
+    def check_dtype(self, name: str) -> None:
+        """Refuse a tensor that is no weight by its dtype."""
+        self._base.check_dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; float32 where it was divided."""
+        tensor = self._base.read(name)
+        return tensor.float() * self._divided[name] if name in self._divided else tensor
 
 
 class RandomSource:
@@ -133,6 +284,9 @@ class RandomSource:
     def shapes(self) -> Mapping[str, Shape]:
         """Name and shape of every tensor."""
         return self._shapes
+
+    def check_dtype(self, name: str) -> None:
+        """Accept every tensor: they are made as float32."""
 
     def read(self, name: str) -> Tensor:
         """One tensor, float32."""
@@ -153,98 +307,31 @@ class RandomSource:
 def check_architecture(component: str, wanted: Mapping[str, Shape], source: TensorSource) -> None:
     """Refuse a checkpoint whose tensors are not those of the architecture.
 
+    Args:
+        component: its name, for messages.
+        wanted: name and shape of every tensor of the architecture.
+        source: the checkpoint's tensors under our names.
+
     Raises:
-        CheckpointError: the first tensors that are missing, unknown or of another shape.
+        CheckpointError: the first tensors that are missing, unknown, of another shape, or of a dtype that is no
+            weight's.
     """
     found = source.shapes
-    # bookkeeping of BatchNorm and of older transformers, and Stage A's codebook: no engine uses them
-    idle = ("num_batches_tracked", "position_ids", "logit_scale", "vquantizer.embedding.weight")
 
     def names(keys: set[str]) -> str:
-        some = sorted(k for k in keys if not k.endswith(idle))
-        return ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+        some = sorted(k for k in keys if not k.endswith(IDLE))
+        return ", ".join(map(_quoted, some[:3])) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
 
     if missing := names(wanted.keys() - found.keys()):
         raise CheckpointError(f"the checkpoint's {component} lacks {missing}; it is of another architecture or cut")
     if unknown := names(found.keys() - wanted.keys()):
         raise CheckpointError(f"the checkpoint's {component} has unknown tensors {unknown}; is it another model?")
     for name, shape in wanted.items():
-        if name in found and tuple(found[name]) != tuple(shape):
+        if name not in found:
+            continue
+        if tuple(found[name]) != tuple(shape):
             raise CheckpointError(
                 f"the checkpoint's {component} has {name} of shape {tuple(found[name])}; its config says {tuple(shape)}"
             )
-
-
-def write_safetensors(
-    path: Path,
-    names: Iterable[str],
-    source: TensorSource,
-    dtype: torch.dtype,
-    on_tensor: Callable[[int], None] = lambda size: None,
-) -> dict[str, tuple[int, int]]:
-    """Stream tensors into a safetensors file, converting floating ones to ``dtype``.
-
-    Tensors stand largest first: all sizes but the last few are then multiples of 64 bytes, and engines can map them
-    where they lie.
-
-    Args:
-        path: file to write.
-        names: tensors to take.
-        source: where they come from.
-        dtype: of floating tensors in the file.
-        on_tensor: called with the bytes of each tensor that has been written.
-
-    Returns:
-        Byte offset and length of every tensor in the file.
-
-    Raises:
-        CheckpointError: a tensor holds NaN or infinity, also after conversion.
-        OutputError: the file cannot be written, for example because the disk is full.
-    """
-    size = torch.empty(0, dtype=dtype).element_size()
-    order = sorted(names, key=lambda n: (-math.prod(source.shapes[n]), n))
-    header: dict[str, Any] = {}
-    end = 0
-    for name in order:
-        start, end = end, end + math.prod(source.shapes[name]) * size
-        header[name] = {
-            "dtype": _SAFETENSORS_DTYPE[dtype],
-            "shape": list(source.shapes[name]),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    base = 8 + len(text)
-    places = {n: (base + r["data_offsets"][0], r["data_offsets"][1] - r["data_offsets"][0]) for n, r in header.items()}
-    try:
-        if (free := _free_bytes(path.parent)) < base + end:
-            raise OutputError(f"{path.parent} has {free >> 20} MiB free; {path.name} needs {(base + end) >> 20} MiB")
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for name in order:
-                file.write(memoryview(_bytes_of(name, source.read(name), dtype)))
-                on_tensor(places[name][1])
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    return places
-
-
-def _bytes_of(name: str, tensor: Tensor, dtype: torch.dtype) -> Any:
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"tensor {name} of the checkpoint holds NaN or infinity; it is damaged")
-    converted = tensor.to(dtype).contiguous()
-    if not torch.isfinite(converted).all():
-        raise CheckpointError(f"tensor {name} holds values beyond {dtype}; use --precision bf16 or fp32")
-    return (
-        converted.view(torch.uint8).numpy().reshape(-1)
-        if converted.ndim
-        else converted.reshape(1).view(torch.uint8).numpy()
-    )
-
-
-def _free_bytes(folder: Path) -> int:
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
+        if not name.endswith(COUNTERS):
+            source.check_dtype(name)
