@@ -39,7 +39,7 @@ _Scale = Annotated[float, Meta(ge=-1000, le=1000)]
 _Side = Annotated[int, Meta(ge=64, le=4096)]
 
 
-class _OurPreset(Struct, kw_only=True):
+class _OurPreset(Struct, frozen=True, kw_only=True):
     """Steps and scales of one sampler, as a checkpoint carries them."""
 
     prior_num_inference_steps: _Steps | None = None
@@ -48,7 +48,7 @@ class _OurPreset(Struct, kw_only=True):
     decoder_guidance_scale: _Scale | None = None
 
 
-class _OurSampling(Struct, kw_only=True):
+class _OurSampling(Struct, frozen=True, kw_only=True):
     """Which sampler a checkpoint was made for, and with which settings."""
 
     sampler: SamplerName | None = None
@@ -56,7 +56,7 @@ class _OurSampling(Struct, kw_only=True):
     diffusers: _OurPreset = _OurPreset()
 
 
-class _OurSection(Struct, kw_only=True):
+class _OurSection(Struct, frozen=True, kw_only=True):
     """The section ``cascade_rt`` of ``model_index.json``, which a checkpoint may carry."""
 
     name: _Text | None = None
@@ -67,7 +67,7 @@ class _OurSection(Struct, kw_only=True):
     sampling: _OurSampling | None = None
 
 
-class _ModelIndex(Struct, kw_only=True):
+class _ModelIndex(Struct, frozen=True, kw_only=True):
     """What is used of a pipeline's ``model_index.json``."""
 
     resolution_multiple: Annotated[float, Meta(ge=1, le=1024)] = 42.67
@@ -75,7 +75,7 @@ class _ModelIndex(Struct, kw_only=True):
     cascade_rt: _OurSection = _OurSection()
 
 
-class _SchedulerFile(Struct, kw_only=True):
+class _SchedulerFile(Struct, frozen=True, kw_only=True):
     """What is used of ``scheduler_config.json``; ``prediction_type`` is our own key."""
 
     class_name: _Text = field(name="_class_name", default=SCHEDULER)
@@ -84,7 +84,7 @@ class _SchedulerFile(Struct, kw_only=True):
     prediction_type: _Text = "epsilon"
 
 
-class _ShardIndex(Struct, kw_only=True):
+class _ShardIndex(Struct, frozen=True, kw_only=True):
     """What is used of ``….safetensors.index.json``."""
 
     weight_map: Annotated[dict[str, Annotated[str, Meta(max_length=255)]], Meta(min_length=1)]

@@ -20,7 +20,7 @@ _LEGACY_END = 2
 """transformers takes the largest id as the end of a text where a CLIP config has this ``eos_token_id``."""
 
 
-class _Settings(Struct, kw_only=True):
+class _Settings(Struct, frozen=True, kw_only=True):
     """What is used of ``tokenizer_config.json``."""
 
     model_max_length: int | float | None = None
