@@ -11,24 +11,27 @@ Each weight becomes ``W + scale * alpha / rank * up @ down``, in float32 (matche
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from cascade_rt.errors import CheckpointError, RequestError
-from cascade_rt.stages import STAGES, StageName, engines_of
+from cascade_rt.errors import CheckpointError, RequestError, plain, shown
+from cascade_rt.files import name_of, said_by
+from cascade_rt.schema import parse_json
+from cascade_rt.stages import StageName, engines_of, stage_names
 
-from .components import Checkpoint, Component, Facts, TokenizerSource, refuse_pickle
 from .loading import plain_json, weights_of
-from .request import Report
-from .weights import SafetensorsSource, Shape, TensorSource
+from .networks import Checkpoint, CheckpointFacts, Network, TokenizerSource, check_no_pickle
+from .weights import SafetensorsSource, Shape, TensorSource, quoted
+
+MOST_RANK = 8192
+"""Ranks of published files are up to 1024; a larger one than this is damage, and would take gigabytes."""
 
 # what a file calls the networks that it changes
 _KOHYA = {"lora_prior_unet": "stage_c", "lora_decoder_unet": "stage_b", "lora_prior_te": "text_encoder"}
@@ -42,7 +45,7 @@ _NUMBERED_KEY = re.compile(r"weights\.(\d+)\.lora_(down|up)")
 _WORDS = re.compile(r"embeddings\.(embeddings|indices)|clip_[gl]|emb_params|bundle_emb\..+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pair:
     """One low-rank product of a file.
 
@@ -82,7 +85,7 @@ class Lora:
         Raises:
             CheckpointError: it is missing, damaged, of another kind, or holds what cannot be folded.
         """
-        refuse_pickle(path)
+        check_no_pickle(path)
         self.path, self.scale = path, scale
         self._tensors = SafetensorsSource([path])
         self.words = sum(1 for key in self._tensors.shapes if _WORDS.fullmatch(key))
@@ -99,34 +102,56 @@ class Lora:
         return list(dict.fromkeys(pair.component for pair in self.pairs))
 
     def _read_pairs(self) -> list[Pair]:
+        halves = self._halves()
+        default = self._peft_alpha()
+        pairs = []
+        for (component, target), keys in halves.items():
+            if missing := {"down", "up"} - keys.keys():
+                there = quoted(next(iter(keys.values())))
+                raise self._error(f"has {there}, but no {sorted(missing)[0]} half of it; it is cut")
+            for half in (keys["down"], keys["up"]):
+                self._tensors.check_dtype(half)
+            alpha = self._alpha(keys["alpha"]) if "alpha" in keys else default.get(component)
+            if target.startswith(_NUMBERED):
+                alpha = 1.0  # the authors' default, which their files do not record
+            made = Pair(component=component, target=target, down=keys["down"], up=keys["up"], alpha=alpha)
+            self._check_rank(made)
+            pairs.append(made)
+        return pairs
+
+    def _halves(self) -> dict[tuple[str, str], dict[str, str]]:
+        """(network, module) -> which half -> key."""
         halves: dict[tuple[str, str], dict[str, str]] = {}
         for key in self._tensors.shapes:
             if _WORDS.fullmatch(key):
                 continue
             component, target, kind = self._place(key)
-            halves.setdefault((component, target), {})[kind] = key
+            keys = halves.setdefault((component, target), {})
+            if kind in keys:
+                raise self._error(f"has both {quoted(keys[kind])} and {quoted(key)}; one of them is too many")
+            keys[kind] = key
         if not halves:
-            raise CheckpointError(f"{self.path.name} holds no LoRA weights{': only words' if self.words else ''}")
-        default = self._peft_alpha()
-        pairs = []
-        for (component, target), keys in halves.items():
-            if missing := {"down", "up"} - keys.keys():
-                there = next(iter(keys.values()))
-                raise CheckpointError(f"{self.path.name} has {there}, but no {missing.pop()} half of it; it is cut")
-            alpha = self._alpha(keys["alpha"]) if "alpha" in keys else default.get(component)
-            if target.startswith(_NUMBERED):
-                alpha = 1.0  # the authors' default, which their files do not record
-            pairs.append(Pair(component, target, keys["down"], keys["up"], alpha))
-        return pairs
+            raise self._error(f"holds no LoRA weights{': only words' if self.words else ''}")
+        return halves
+
+    def _check_rank(self, pair: Pair) -> None:
+        shape = self._tensors.shapes[pair.down]
+        if not shape or not 0 < shape[0] <= MOST_RANK:
+            raise self._error(
+                f"has {quoted(pair.down)} of shape {shape}; its first axis is the rank, from 1 to {MOST_RANK}, so it "
+                "does not fit"
+            )
+
+    def _error(self, what: str) -> CheckpointError:
+        """The error of this file."""
+        return CheckpointError(f"{name_of(self.path.name)} {what}")
 
     def _alpha(self, key: str) -> float:
-        if math.prod(self._tensors.shapes[key]) != 1:
-            raise CheckpointError(f"{self.path.name} has {key} of shape {self._tensors.shapes[key]}; it is one number")
-        return self._finite(float(self._tensors.read(key)), key)
+        return self._finite(self._tensors.read_number(key), key)
 
     def _finite(self, alpha: float, where: str) -> float:
         if not math.isfinite(alpha):
-            raise CheckpointError(f"{self.path.name} has an alpha of {alpha} in {where}; it is damaged")
+            raise self._error(f"has an alpha of {alpha} in {quoted(where)}; it is damaged")
         return alpha
 
     def _place(self, key: str) -> tuple[str, str, str]:
@@ -144,29 +169,32 @@ class Lora:
                     if kind in endings:
                         return networks[match[1]], match[2], name
                 if kind.startswith(("dora_", "lora_magnitude")):
-                    raise CheckpointError(
-                        f"{self.path.name} is a DoRA ({key}), which rescales whole weights and is not supported; "
-                        "LoRA files are"
+                    raise self._error(
+                        f"is a DoRA ({quoted(key)}), which rescales whole weights and is not supported; LoRA files are"
                     )
-        raise CheckpointError(
-            f"{self.path.name} has {key}, which is no LoRA weight of Stable Cascade; read are weights.0.lora_down, "
+        raise self._error(
+            f"has {quoted(key)}, which is no LoRA weight of Stable Cascade; read are weights.0.lora_down, "
             "lora_prior_unet_....lora_down.weight and prior.....lora_A.weight"
         )
 
     def _peft_alpha(self) -> dict[str, float]:
         """Alpha by network, where PEFT's metadata has it."""
-        with safe_open(self.path, framework="pt") as file:
-            text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-        try:
-            facts = json.loads(text)
-            if odd := [key for key, value in facts.items() if value and key.endswith(("alpha_pattern", "use_rslora"))]:
-                raise CheckpointError(
-                    f"{self.path.name} sets {odd[0]}, which is not supported; it would be scaled wrongly"
-                )
-            alphas = {net: f"{prefix}.lora_alpha" for prefix, net in _PEFT.items() if f"{prefix}.lora_alpha" in facts}
-            return {net: self._finite(float(facts[key]), key) for net, key in alphas.items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.path.name} has metadata that cannot be read: {error}") from error
+        text = self._tensors.metadata().get("lora_adapter_metadata")
+        if text is None:
+            return {}
+        where = f"{name_of(self.path.name)}, metadata lora_adapter_metadata"
+        facts = parse_json(text, where, CheckpointError)
+        if not isinstance(facts, dict):
+            raise CheckpointError(f"{where} is {shown(facts)}; a JSON object is needed")
+        if odd := [key for key, value in facts.items() if value and key.endswith(("alpha_pattern", "use_rslora"))]:
+            raise self._error(f"sets {quoted(odd[0])}, which is not supported; it would be scaled wrongly")
+        keys = {network: f"{prefix}.lora_alpha" for prefix, network in _PEFT.items()}
+        return {network: self._number(facts[key], key) for network, key in keys.items() if key in facts}
+
+    def _number(self, value: Any, where: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
+            raise self._error(f"has an alpha of {shown(value)} in {where}; a number is needed")
+        return float(value)
 
     def updates(self, component: str, shapes: Mapping[str, Shape]) -> dict[str, list[Update]]:
         """What the file does to the weights of a network, by weight.
@@ -179,14 +207,14 @@ class Lora:
         numbered = {pair.target for pair in pairs if pair.target.startswith(_NUMBERED)}
         places = {name for name in known if name.startswith(_NUMBERED)}
         if numbered and numbered != places:
-            raise CheckpointError(
-                f"{self.path.name} numbers {len(numbered)} weights and names none; of this {component} the authors' "
-                f"training numbers {len(places)}. It is for another size, or was trained with module_filters of its own"
+            raise self._error(
+                f"numbers {len(numbered)} weights and names none; of this {component} the authors' training numbers "
+                f"{len(places)}. It is for another size, or was trained with module_filters of its own"
             )
         found: dict[str, list[Update]] = {}
         for pair in pairs:
             if pair.target not in known:
-                raise CheckpointError(f"{self.path.name} changes {pair.target}, which this {component} does not have")
+                raise self._error(f"changes {quoted(pair.target)}, which this {component} does not have")
             for name, part in known[pair.target]:
                 self._check(pair, name, shapes[name], part[1])
                 found.setdefault(name, []).append(Update(pair, part))
@@ -197,9 +225,9 @@ class Lora:
         wanted = (shape[0] * parts, math.prod(shape[1:]))
         fits = len(down) > 1 and len(up) > 1 and math.prod(up[1:]) == down[0] > 0
         if not fits or (up[0], math.prod(down[1:])) != wanted:
-            raise CheckpointError(
-                f"{self.path.name} has {pair.down} of shape {down} and {pair.up} of shape {up}; their product does "
-                f"not fit {name}, which is {' x '.join(map(str, shape))}"
+            raise self._error(
+                f"has {quoted(pair.down)} of shape {down} and {quoted(pair.up)} of shape {up}; their product does not "
+                f"fit {name}, which is {' x '.join(map(str, shape))}"
             )
 
     def product(self, update: Update) -> Tensor:
@@ -215,9 +243,9 @@ class Lora:
         factor = self.scale * (1.0 if pair.alpha is None else pair.alpha / rank)
         product = factor * (up @ down)
         if not torch.isfinite(product).all():
-            raise CheckpointError(
-                f"{self.path.name} times {self.scale:g} gives NaN or infinity with {pair.down} and {pair.up}; "
-                "it is damaged, or the scale too large"
+            raise self._error(
+                f"times {self.scale:g} gives NaN or infinity with {quoted(pair.down)} and {quoted(pair.up)}; it is "
+                "damaged, or the scale too large"
             )
         return product
 
@@ -230,7 +258,7 @@ def parse_lora(text: str) -> Lora:
         CheckpointError: see `Lora`.
     """
     head, colon, tail = text.rpartition(":")
-    whole = Path(text).expanduser()
+    whole = _path(text)
     if not colon or whole.is_file():
         return Lora(whole)
     try:
@@ -238,8 +266,28 @@ def parse_lora(text: str) -> Lora:
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):
-        raise RequestError(f"--lora {text}: {tail!r} is no scale; write FILE or FILE:SCALE, for example {head}:0.8")
-    return Lora(Path(head).expanduser(), scale)
+        raise RequestError(
+            f"--lora {shown(text)}: {shown(tail)} is no scale; write FILE or FILE:SCALE, for example "
+            f"{name_of(head)}:0.8",
+            field="--lora",
+            value=text,
+            accepted="FILE or FILE:SCALE with a finite scale",
+        )
+    return Lora(_path(head), scale)
+
+
+def _path(text: str) -> Path:
+    """A path that a user typed.
+
+    Raises:
+        CheckpointError: it cannot be one.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, no such user
+        raise CheckpointError(f"--lora {name_of(text)}: {said_by(error)}; a .safetensors file is needed") from None
+    return path
 
 
 class LoraSource:
@@ -253,6 +301,10 @@ class LoraSource:
     def shapes(self) -> Mapping[str, Shape]:
         """Name and shape of every tensor."""
         return self._base.shapes
+
+    def check_dtype(self, name: str) -> None:
+        """Refuse a tensor that is no weight by its dtype."""
+        self._base.check_dtype(name)
 
     def read(self, name: str) -> Tensor:
         """One tensor; float32 where it was changed."""
@@ -270,34 +322,34 @@ class LoraCheckpoint:
         self._loras = tuple(loras)
 
     @property
-    def facts(self) -> Facts:
-        """What holds for the cascade as a whole."""
+    def facts(self) -> CheckpointFacts:
+        """What it says of the cascade as a whole."""
         return self._base.facts
 
-    def component(self, name: str) -> Component | None:
-        """A network; the files that changed it are named in it.
+    def network(self, name: str) -> Network | None:
+        """The network of a component; the files that changed it are named in it.
 
         Raises:
             RequestError: it holds one of the files already.
             CheckpointError: a file does not fit it.
         """
-        component = self._base.component(name)
+        network = self._base.network(name)
         loras = [lora for lora in self._loras if name in lora.components]
-        if component is None or not loras:
-            return component
+        if network is None or not loras:
+            return network
         for lora in loras:
-            if any(label == lora.path.name or label.startswith(f"{lora.path.name}:") for label in component.loras):
+            if any(label == lora.path.name or label.startswith(f"{lora.path.name}:") for label in network.loras):
                 raise RequestError(
-                    f"{name} of {self._base.facts.source} holds {lora.path.name} already; name the checkpoint that it "
-                    "was made from with --checkpoint, and a --lora once with the scale that it shall have"
+                    f"{name} of {plain(self._base.facts.source)} holds {name_of(lora.path.name)} already; name the "
+                    "checkpoint that it was made from with --checkpoint, and a --lora once with the scale that it shall have"
                 )
-        source = weights_of(name, plain_json(component.config), component)
+        source = weights_of(name, plain_json(network.config), network)
         updates: dict[str, list[tuple[Lora, Update]]] = {}
         for lora in loras:
             for weight, found in lora.updates(name, source.shapes).items():
                 updates.setdefault(weight, []).extend((lora, update) for update in found)
         return replace(
-            component, weights=LoraSource(source, updates), loras=(*component.loras, *(lora.label for lora in loras))
+            network, weights=LoraSource(source, updates), loras=(*network.loras, *(lora.label for lora in loras))
         )
 
     def tokenizer(self) -> TokenizerSource | None:
@@ -306,7 +358,7 @@ class LoraCheckpoint:
 
 
 def with_loras(
-    checkpoint: Checkpoint, loras: Sequence[Lora], stages: Sequence[StageName], report: Report
+    checkpoint: Checkpoint, loras: Sequence[Lora], stages: Sequence[StageName], report: Callable[[str], None]
 ) -> Checkpoint:
     """A checkpoint with files folded in, for an export.
 
@@ -321,11 +373,11 @@ def with_loras(
     """
     if not loras:
         return checkpoint
-    stage_of = {engines_of(stage)[0].model: stage for stage in STAGES}
+    stage_of = {engines_of(stage)[0].model: stage for stage in stage_names()}
     names = [lora.path.name for lora in loras]
     if twice := [name for name in names if names.count(name) > 1]:
         raise RequestError(
-            f"two --lora files are called {twice[0]}, which the manifest could not tell apart; give one file once, "
+            f"two --lora files are called {name_of(twice[0])}, which the manifest could not tell apart; give one file once, "
             "with the sum of the scales, or rename one of two"
         )
     for lora in loras:
@@ -333,12 +385,13 @@ def with_loras(
         if not asked:
             there = " and ".join(lora.components)
             raise RequestError(
-                f"{lora.path.name} changes {there}; --stage {', '.join(stages)} exports no part of it: "
+                f"{name_of(lora.path.name)} changes {there}; --stage {', '.join(stages)} exports no part of it: "
                 f"add --stage {' --stage '.join(stage_of[name] for name in lora.components)}"
             )
-        if not any(checkpoint.component(name) for name in asked):
+        if not any(checkpoint.network(name) for name in asked):
             raise RequestError(
-                f"{lora.path.name} changes {' and '.join(asked)}, and the checkpoint {checkpoint.facts.source} has none"
+                f"{name_of(lora.path.name)} changes {' and '.join(asked)}, and the checkpoint "
+                f"{plain(checkpoint.facts.source)} has none"
             )
         for name in lora.components:
             count = sum(pair.component == name for pair in lora.pairs)

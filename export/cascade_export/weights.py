@@ -81,13 +81,13 @@ class SafetensorsSource:
             for name in file.keys():  # noqa: SIM118 - a handle, not a dict
                 if name in self._where:
                     other = name_of(self._where[name].name)
-                    raise CheckpointError(f"{name_of(path)} and {other} both hold {_quoted(name)}; they are no shards")
+                    raise CheckpointError(f"{name_of(path)} and {other} both hold {quoted(name)}; they are no shards")
                 tensor = file.get_slice(name)
                 self._where[name], self._dtypes[name] = path, str(tensor.get_dtype())
                 stored[name] = tuple(tensor.get_shape())
                 if len(stored[name]) > MOST_AXES:
                     axes = len(stored[name])
-                    raise CheckpointError(f"{name_of(path)}: {_quoted(name)} has {axes} axes; weights have up to 4")
+                    raise CheckpointError(f"{name_of(path)}: {quoted(name)} has {axes} axes; weights have up to 4")
         self._stored = stored
         self._scales = {n: s for n, d in self._dtypes.items() if d in SCALED_DTYPES and (s := self._scale_of(n))}
         helpers = {helper for name in self._scales for helper in _helpers(name)}
@@ -103,10 +103,10 @@ class SafetensorsSource:
         dtype = self._dtypes[name]
         if dtype in PLAIN_DTYPES or name in self._scales:
             return
-        where = f"{name_of(self._where[name])}: {_quoted(name)} is {dtype}"
+        where = f"{name_of(self._where[name])}: {quoted(name)} is {dtype}"
         if dtype in SCALED_DTYPES:
             wanted = " or ".join(_scale_names(name))
-            raise CheckpointError(f"{where} without a scale ({_quoted(wanted)}); use the file in bf16, fp16 or fp32")
+            raise CheckpointError(f"{where} without a scale ({quoted(wanted)}); use the file in bf16, fp16 or fp32")
         raise CheckpointError(f"{where}; weights are {', '.join(PLAIN_DTYPES)}, or fp8 with a scale")
 
     def read(self, name: str) -> Tensor:
@@ -114,6 +114,18 @@ class SafetensorsSource:
         self.check_dtype(name)
         tensor = self._stored_tensor(name)
         return tensor if name not in self._scales else tensor.float() * self._scale(name, tensor)
+
+    def read_number(self, name: str) -> float:
+        """A tensor of one number, which may be an integer.
+
+        Raises:
+            CheckpointError: it has another shape, or is neither integer nor floating.
+        """
+        shape, dtype = self._stored[name], self._dtypes[name]
+        if math.prod(shape) != 1 or dtype not in (*PLAIN_DTYPES, "I64", "I32", "I16", "I8", "U8"):
+            where = f"{name_of(self._where[name])}: {quoted(name)}"
+            raise CheckpointError(f"{where} is {dtype} of shape {shape}; it must be one number")
+        return float(self._stored_tensor(name))
 
     def metadata(self) -> dict[str, str]:
         """What the files say of themselves."""
@@ -124,7 +136,7 @@ class SafetensorsSource:
         try:
             tensor: Tensor = self._files[path].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{name_of(path)}: {_quoted(name)} cannot be read: {plain(str(error))}") from error
+            raise CheckpointError(f"{name_of(path)}: {quoted(name)} cannot be read: {plain(str(error))}") from error
         return tensor
 
     def _scale_of(self, name: str) -> str | None:
@@ -136,13 +148,13 @@ class SafetensorsSource:
         shape, rows = self._stored[name_of_scale], (tensor.shape[:1] if tensor.ndim else torch.Size([1]))
         if self._dtypes[name_of_scale] not in PLAIN_DTYPES or math.prod(shape) not in (1, rows[0]):
             raise CheckpointError(
-                f"{name_of(self._where[name])}: {_quoted(name_of_scale)} is {self._dtypes[name_of_scale]} of shape "
-                f"{shape}; the scale of {_quoted(name)} is one floating number, or one for each of its {rows[0]} rows"
+                f"{name_of(self._where[name])}: {quoted(name_of_scale)} is {self._dtypes[name_of_scale]} of shape "
+                f"{shape}; the scale of {quoted(name)} is one floating number, or one for each of its {rows[0]} rows"
             )
         scale = self._stored_tensor(name_of_scale).float().reshape(-1)
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise CheckpointError(
-                f"{name_of(self._where[name])}: {_quoted(name_of_scale)} holds a number that is not above 0"
+                f"{name_of(self._where[name])}: {quoted(name_of_scale)} holds a number that is not above 0"
             )
         return scale.reshape(-1, *(1,) * (tensor.ndim - 1)) if tensor.ndim else scale.reshape(())
 
@@ -188,7 +200,8 @@ def _is_marker(name: str) -> bool:
     return name == "scaled_fp8" or name.endswith(".scaled_fp8")
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """The name of a tensor as a message may quote it."""
     return shortened(plain(name), 120)
 
 
@@ -230,7 +243,7 @@ class RenamedSource:
         if origin.part is not None:
             count = origin.part[1]
             if not shape or shape[0] % count:
-                raise CheckpointError(f"{_quoted(origin.key)} of shape {shape} does not have {count} equal parts")
+                raise CheckpointError(f"{quoted(origin.key)} of shape {shape} does not have {count} equal parts")
             shape = (shape[0] // count, *shape[1:])
         return shape[::-1] if origin.transpose else shape
 
@@ -320,7 +333,7 @@ def check_architecture(component: str, wanted: Mapping[str, Shape], source: Tens
 
     def names(keys: set[str]) -> str:
         some = sorted(k for k in keys if not k.endswith(IDLE))
-        return ", ".join(map(_quoted, some[:3])) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+        return ", ".join(map(quoted, some[:3])) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
 
     if missing := names(wanted.keys() - found.keys()):
         raise CheckpointError(f"the checkpoint's {component} lacks {missing}; it is of another architecture or cut")
