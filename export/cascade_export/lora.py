@@ -341,7 +341,7 @@ class LoraCheckpoint:
             if any(label == lora.path.name or label.startswith(f"{lora.path.name}:") for label in network.loras):
                 raise RequestError(
                     f"{name} of {plain(self._base.facts.source)} holds {name_of(lora.path.name)} already; name the "
-                    "checkpoint that it was made from with --checkpoint, and a --lora once with the scale that it shall have"
+                    "checkpoint that it was made from with --checkpoint, and each --lora once with its scale"
                 )
         source = weights_of(name, plain_json(network.config), network)
         updates: dict[str, list[tuple[Lora, Update]]] = {}
@@ -377,8 +377,8 @@ def with_loras(
     names = [lora.path.name for lora in loras]
     if twice := [name for name in names if names.count(name) > 1]:
         raise RequestError(
-            f"two --lora files are called {name_of(twice[0])}, which the manifest could not tell apart; give one file once, "
-            "with the sum of the scales, or rename one of two"
+            f"two --lora files are called {name_of(twice[0])}, which the manifest could not tell apart; give one file "
+            "once, with the sum of the scales, or rename one of two"
         )
     for lora in loras:
         asked = [name for name in lora.components if stage_of[name] in stages]
