@@ -1,8 +1,9 @@
 """What makes half precision right.
 
 What stays float32 whatever an engine's precision is stated in the modules themselves, once: engine inputs and outputs,
-the timestep path, every LayerNorm's accumulation, the GRN's reduction. This file decides the one thing that depends on
-the weights: by which powers of two the residual stream of a denoiser is kept divided, so that fp16 holds it.
+the timestep path, every LayerNorm's accumulation, the GRN's reduction. This file decides what depends on the weights:
+by which powers of two the residual stream of a denoiser is kept divided, so that fp16 holds it, and which weights are
+stored divided, because fp16 does not hold them and the stream is divided behind them.
 
 The published 3.6B Stage C cannot run in fp16 as it is: its stream outgrows 65,504 in the last up block. The factors
 are found by running the fp32 module and looking, so they fit fine-tunes and merged LoRAs as well as the official file.
@@ -26,15 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from cascade_rt.errors import ExportError
-from cascade_rt.sampling import PredictionType, denoise_step, make_schedule
-from cascade_rt.text import PromptTokenizer, PromptTruncatedWarning, TokenizerRecord
+from cascade_rt.loop import Denoising
+from cascade_rt.manifest import StreamScalesRecord, TokenizerRecord
+from cascade_rt.noise import PictureNoise
+from cascade_rt.sampling import PredictionType, make_schedule
+from cascade_rt.text import PromptTokenizer, PromptTruncatedWarning
 
-from .components import Checkpoint
 from .loading import load_fp32, plain_json, weights_of
-from .models import Denoiser, DenoiserConfig, StreamScales
+from .models import Denoiser, DenoiserConfig, StreamScales, encode_text
 from .models.blocks import Attention, AttnBlock, GlobalResponseNorm, ResBlock, TimestepBlock
-from .models.clip import encode_text
-from .weights import TensorSource
+from .networks import Checkpoint
+from .verify import predict_by_module
 
 FP16_MAX = 65504.0
 HEADROOM = 4.0
@@ -48,7 +51,7 @@ SCAN_PROMPTS = (
 SCAN_BATCH = len(SCAN_PROMPTS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Activations:
     """The largest absolute values that a scan saw.
 
@@ -62,6 +65,56 @@ class Activations:
     down: tuple[float, ...]
     up: tuple[float, ...]
     inner: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a denoiser is made to fit fp16.
+
+    Attributes:
+        scales: powers of two that the residual stream is kept divided by.
+        divided: key of a weight -> power of two that it is stored divided by.
+        seen: the activations that decided the scales.
+    """
+
+    scales: StreamScales
+    divided: Mapping[str, float]
+    seen: Activations
+
+    def apply(self, module: nn.Module) -> None:
+        """Have a module divide as its weights will be stored."""
+        assert isinstance(module, Denoiser)
+        module.stream_scales = self.scales
+        for keys, row in module.divisible().items():
+            if (stored := self.divided.get(keys[0])) is not None:
+                setattr(row.module, row.attribute, stored)
+
+    @property
+    def record(self) -> StreamScalesRecord:
+        """What the manifest says of it."""
+        return StreamScalesRecord(
+            down=self.scales.down,
+            up=self.scales.up,
+            largest_down=tuple(round(x, 3) for x in self.seen.down),
+            largest_up=tuple(round(x, 3) for x in self.seen.up),
+            largest_inner=round(self.seen.inner, 3),
+        )
+
+
+def fit(module: Denoiser, conditions: Mapping[str, Tensor], prediction_type: PredictionType) -> Fit:
+    """Look at a denoiser at work and decide how it fits fp16.
+
+    Args:
+        module: fp32, with its weights, unscaled.
+        conditions: inputs of `Denoiser.forward` beside sample and ratio, for `SCAN_BATCH` pictures.
+        prediction_type: what the module predicts.
+
+    Raises:
+        ExportError: it overflows where no factor reaches, or in fp32 already.
+    """
+    seen = scan(module, conditions, prediction_type)
+    scales = choose_scales(seen)
+    return Fit(scales=scales, divided=divisions(module, scales), seen=seen)
 
 
 def scan(
@@ -79,23 +132,24 @@ def scan(
         ExportError: fp32 itself overflows, so the weights are damaged.
     """
     side = max(16, 4 * module.config.granularity)
-    rng = np.random.default_rng(seed)
-    shape = (SCAN_BATCH, module.config.in_channels, side, side)
-    latents = rng.standard_normal(shape, dtype=np.float32)
+    noise = PictureNoise("torch-cpu", (seed,), SCAN_BATCH)
+    latents = noise.normal((SCAN_BATCH, module.config.in_channels, side, side))
     schedule = make_schedule("original", SCAN_STEPS, prediction_type, shift=2.0)
-    with _recorded(module) as seen, torch.inference_mode():
-        for step in range(len(schedule)):
-            ratio = torch.full((SCAN_BATCH,), float(schedule.ratios[step]))
-            prediction = module(torch.from_numpy(latents), ratio, **conditions).numpy()
-            noise = rng.standard_normal(shape, dtype=np.float32)
-            latents = denoise_step(schedule, step, latents, prediction, noise)
+    predict = predict_by_module(module, schedule, conditions)
+    loop = Denoising(schedule=schedule, latents=latents, noise=noise, name="fp32 PyTorch")
+    with _recorded(module) as seen:
+        while not loop.done:
+            prediction = predict(*loop.inputs())
+            if not np.isfinite(prediction).all():
+                raise ExportError("the weights overflow in fp32 already; the checkpoint is damaged")
+            latents = loop.advance(prediction).latents
             # with weights that were never trained a loop runs away; what a network sees has about unit size
-            latents /= max(1.0, float(np.abs(latents).max()) / 8)
+            loop.replace_latents(latents / max(1.0, float(np.abs(latents).max()) / 8))
     levels = range(module.config.levels)
     found = Activations(
-        tuple(seen[f"down {i}"] for i in levels),
-        tuple(seen[f"up {i}"] for i in levels),
-        max(seen["inner"], *(seen[f"skip {i}"] for i in levels)),
+        down=tuple(seen[f"down {i}"] for i in levels),
+        up=tuple(seen[f"up {i}"] for i in levels),
+        inner=max(seen["inner"], *(seen[f"skip {i}"] for i in levels)),
     )
     if not math.isfinite(max(*found.down, *found.up, found.inner)):
         raise ExportError("the weights overflow in fp32 already; the checkpoint is damaged")
@@ -121,15 +175,26 @@ def choose_scales(activations: Activations) -> StreamScales:
     return StreamScales(tuple(map(factor, activations.down)), tuple(map(factor, activations.up)))
 
 
-def scan_record(activations: Activations, scales: StreamScales) -> dict[str, Any]:
-    """What the manifest says of the choice."""
-    return {
-        "down": list(scales.down),
-        "up": list(scales.up),
-        "largest_down": [round(x, 3) for x in activations.down],
-        "largest_up": [round(x, 3) for x in activations.up],
-        "largest_inner": round(activations.inner, 3),
-    }
+def divisions(module: Denoiser, scales: StreamScales) -> dict[str, float]:
+    """Which weights are stored divided: those that fp16 does not hold, by the smallest power of two that helps.
+
+    Args:
+        module: fp32, with its weights.
+        scales: what the stream is divided by; no weight is divided by more.
+
+    Returns:
+        Key of a weight -> power of two. Weights that fp16 holds are not in it.
+    """
+    with torch.device("meta"):
+        scaled = Denoiser(module.config)
+    scaled.stream_scales = scales
+    weights = module.state_dict()
+    found: dict[str, float] = {}
+    for keys, row in scaled.divisible().items():
+        largest = max(float(weights[key].abs().max()) for key in keys)
+        if largest > FP16_MAX:
+            found |= dict.fromkeys(keys, min(row.most, 2.0 ** math.ceil(math.log2(largest / FP16_MAX))))
+    return found
 
 
 def seeded_conditions(config: DenoiserConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -148,52 +213,45 @@ def seeded_conditions(config: DenoiserConfig, seed: int = 0) -> dict[str, Tensor
     return conditions
 
 
-def prompt_conditions(config: DenoiserConfig, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Conditions for a scan: of `SCAN_PROMPTS` where the checkpoint can encode them, else seeded ones."""
-    conditions = seeded_conditions(config)
-    component, tokenizer = checkpoint.component("text_encoder"), checkpoint.tokenizer()
-    if component is None or component.weights is None or tokenizer is None:
-        return conditions
-    own = plain_json(component.config)
-    encoder = load_fp32("text_encoder", own, weights_of("text_encoder", own, component))
+@dataclass(frozen=True)
+class Prompts:
+    """`SCAN_PROMPTS`, encoded.
+
+    Attributes:
+        hidden: ``[SCAN_BATCH, L, E]``.
+        pooled: ``[SCAN_BATCH, 1, P]``.
+    """
+
+    hidden: Tensor
+    pooled: Tensor
+
+
+def encode_prompts(checkpoint: Checkpoint) -> Prompts | None:
+    """The embeddings of `SCAN_PROMPTS`; None where the checkpoint cannot encode texts."""
+    network, tokenizer = checkpoint.network("text_encoder"), checkpoint.tokenizer()
+    if network is None or network.weights is None or tokenizer is None:
+        return None
+    config = plain_json(network.config)
+    encoder = load_fp32("text_encoder", config, weights_of("text_encoder", config, network)).eval()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptTruncatedWarning)
         path = Path(folder) / "tokenizer.json"
         path.write_text(tokenizer.text, encoding="utf-8")
-        record = TokenizerRecord(path.name, tokenizer.max_length, tokenizer.pad_id)
+        record = TokenizerRecord(file=path.name, max_length=tokenizer.max_length, pad_id=tokenizer.pad_id)
         ids, mask = (torch.from_numpy(x) for x in PromptTokenizer(path, record)(SCAN_PROMPTS))
     with torch.inference_mode():
-        hidden, pooled = encode_text(encoder, ids, mask)
-    conditions["clip_text_pooled"] = pooled
+        return Prompts(*encode_text(encoder, ids, mask))
+
+
+def conditions_of(config: DenoiserConfig, prompts: Prompts | None) -> dict[str, Tensor]:
+    """Conditions of a denoiser for `SCAN_BATCH` pictures: of prompts where there are any that fit, else seeded ones."""
+    conditions = seeded_conditions(config)
+    if prompts is None or prompts.pooled.shape[-1] != config.clip_text_pooled_in_channels:
+        return conditions
+    conditions["clip_text_pooled"] = prompts.pooled
     if "clip_text" in conditions:
-        conditions["clip_text"] = hidden
+        conditions["clip_text"] = prompts.hidden
     return conditions
-
-
-def fit_scales(
-    name: str, config: dict[str, Any], source: TensorSource, prediction_type: PredictionType, checkpoint: Checkpoint
-) -> tuple[StreamScales, dict[str, Any]]:
-    """Scan a denoiser of a checkpoint and choose its factors.
-
-    Args:
-        name: ``stage_c`` or ``stage_b``.
-        config: its config.
-        source: its tensors.
-        prediction_type: what it predicts.
-        checkpoint: where prompts can be encoded, if anywhere.
-
-    Returns:
-        The factors, and the manifest's record of the scan.
-
-    Raises:
-        ExportError: it overflows where no factor reaches.
-    """
-    conditions = prompt_conditions(DenoiserConfig.from_dict(config), checkpoint)
-    module = load_fp32(name, config, source)
-    assert isinstance(module, Denoiser)
-    seen = scan(module, conditions, prediction_type)
-    scales = choose_scales(seen)
-    return scales, scan_record(seen, scales)
 
 
 @contextmanager

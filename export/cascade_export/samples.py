@@ -26,13 +26,13 @@ def draw_normal(spec: EngineSpec, _config: Mapping[str, Any], rng: np.random.Gen
     Returns:
         float32 arrays by the names of the inputs.
     """
-    sizes = _sizes(spec)
+    sizes = small_sizes(spec)
     return {t.name: rng.standard_normal(t.shape(sizes), dtype=np.float32) for t in spec.inputs}
 
 
 def draw_pictures(spec: EngineSpec, _config: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
     """Numbers from 0 to 1 for pixels, standard normal ones for everything else."""
-    sizes = _sizes(spec)
+    sizes = small_sizes(spec)
     return {t.name: _picture_or_normal(t, sizes, rng) for t in spec.inputs}
 
 
@@ -43,7 +43,7 @@ def _picture_or_normal(tensor: TensorSpec, sizes: Mapping[str, int], rng: np.ran
 
 def draw_prompts(spec: EngineSpec, config: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
     """Two prompts of random words, one that fills the length and a shorter one, each with its end token and padding."""
-    batch, length = spec.tensor("input_ids").shape(_sizes(spec))
+    batch, length = spec.tensor("input_ids").shape(small_sizes(spec))
     end_id, pad_id = config.get("eos_token_id", 49407), config.get("pad_token_id", 1)
     ids = rng.integers(0, config.get("vocab_size", 49408), size=(batch, length), dtype=np.int64)
     mask = np.ones((batch, length), dtype=np.int64)
@@ -56,12 +56,13 @@ def draw_prompts(spec: EngineSpec, config: Mapping[str, Any], rng: np.random.Gen
 
 def draw_conditions(spec: EngineSpec, _config: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
     """What a prompt gives a denoiser: standard normal numbers for its context inputs but the timesteps."""
-    sizes = _sizes(spec)
+    sizes = small_sizes(spec)
     drawn = (t for t in spec.inputs if t.on_host and t.name not in ("timestep_embedding", "latents", "step"))
     return {t.name: rng.standard_normal(t.shape(sizes), dtype=np.float32) for t in drawn}
 
 
-def _sizes(spec: EngineSpec) -> dict[str, int]:
+def small_sizes(spec: EngineSpec) -> dict[str, int]:
+    """A small size for every named axis, not square."""
     return {name: _small(limits, _TIMES.get(name, 1)) for name, limits in spec.ranges.items()}
 
 

@@ -1,9 +1,9 @@
-"""One plan, built in a process of its own: ``python -m cascade_export.tensorrt_build``.
+"""One engine file, built in a process of its own: ``python -m cascade_export.tensorrt_build``.
 
 A failed build leaves TensorRT-RTX with the failed target for the rest of the process, and a build cannot be stopped
-from outside of it; so every plan has its process. It reads a `Job` as one line of JSON from standard input, writes
-`Message` lines to standard output, and cancels the build when standard input ends, that is also when the process that
-asked for it has died.
+from outside of it; so every engine file has its process. It reads a `BuildOrder` as one line of JSON from standard
+input, writes `Message` lines to standard output, and cancels the build when standard input ends, that is also when the
+process that asked for it has died.
 
 The calls are those that TensorRT 10.13 to 11.4 and TensorRT-RTX 1.7 share. Enumerators are taken by name: their
 numbers differ between versions.
@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -26,13 +26,13 @@ PROGRESS_SECONDS = 0.1
 LONGEST_REASON = 400
 
 
-class Job(TypedDict):
+class BuildOrder(TypedDict):
     """What to build.
 
     Attributes:
         module: ``tensorrt`` or ``tensorrt_rtx``.
         graph: ONNX file; its weights lie beside it.
-        plan: file to write.
+        engine_file: file to write.
         profile: input -> smallest, tuned and largest shape.
         sm: compute capabilities to build for; empty: the GPU at hand.
         exact: keep fp32 products from being computed in TF32.
@@ -41,8 +41,8 @@ class Job(TypedDict):
 
     module: str
     graph: str
-    plan: str
-    profile: dict[str, list[list[int]]]
+    engine_file: str
+    profile: Mapping[str, Sequence[Sequence[int]]]
     sm: list[int]
     exact: bool
     timing_cache: str | None
@@ -63,50 +63,50 @@ class Message(TypedDict, total=False):
 
 
 class BuildError(Exception):
-    """The plan could not be built; the text says why."""
+    """The engine file could not be built; the text says why."""
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: it was asked for
     """The build was cancelled."""
 
 
-def build(job: Job, send: Callable[[Message], None], cancelled: threading.Event) -> Message:
-    """Build a plan.
+def build(order: BuildOrder, send: Callable[[Message], None], cancelled: threading.Event) -> Message:
+    """Build an engine file.
 
     Raises:
-        BuildError: the graph does not parse, or the plan cannot be built.
+        BuildError: the graph does not parse, or the engine file cannot be built.
         Cancelled: ``cancelled`` was set.
     """
     started = time.perf_counter()
-    trt = importlib.import_module(job["module"])
+    trt = importlib.import_module(order["module"])
     log = _logger(trt)
     try:
         builder = trt.Builder(log)
     except TypeError:  # how the bindings say that creation failed
-        raise BuildError(f"{job['module']} {trt.__version__} cannot start here: {_said(log)}") from None
+        raise BuildError(f"{order['module']} {trt.__version__} cannot start here: {_said(log)}") from None
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(job["graph"]):
-        raise BuildError(f"{Path(job['graph']).name} cannot be parsed: {_parser_errors(parser)}")
+    if not parser.parse_from_file(order["graph"]):
+        raise BuildError(f"{Path(order['graph']).name} cannot be parsed: {_parser_errors(parser)}")
     config = builder.create_builder_config()
-    flags = _configure(trt, config, job)
+    flags = _configure(trt, config, order)
     shapes = builder.create_optimization_profile()
-    for name, (low, opt, high) in job["profile"].items():
+    for name, (low, opt, high) in order["profile"].items():
         shapes.set_shape(name, tuple(low), tuple(opt), tuple(high))
     if config.add_optimization_profile(shapes) < 0:
         raise BuildError(f"the profile is refused: {_said(log)}")
-    if job["timing_cache"] is not None:
-        _load_timing_cache(config, Path(job["timing_cache"]))
+    if order["timing_cache"] is not None:
+        _load_timing_cache(config, Path(order["timing_cache"]))
     config.progress_monitor = _monitor(trt, send, cancelled)
-    plan = builder.build_serialized_network(network, config)
+    built = builder.build_serialized_network(network, config)
     if cancelled.is_set():
         raise Cancelled
-    if plan is None:
+    if built is None:
         raise BuildError(_said(log))
-    with Path(job["plan"]).open("wb") as file:
-        file.write(memoryview(plan))
-    if job["timing_cache"] is not None:
-        _save_timing_cache(config, Path(job["timing_cache"]))
+    with Path(order["engine_file"]).open("wb") as file:
+        file.write(memoryview(built))
+    if order["timing_cache"] is not None:
+        _save_timing_cache(config, Path(order["timing_cache"]))
     return {
         "version": str(trt.__version__),
         "flags": flags,
@@ -115,16 +115,16 @@ def build(job: Job, send: Callable[[Message], None], cancelled: threading.Event)
     }
 
 
-def _configure(trt: Any, config: Any, job: Job) -> list[str]:
+def _configure(trt: Any, config: Any, order: BuildOrder) -> list[str]:
     """Set flags and target GPUs; the names of the flags that are set."""
-    if job["exact"]:
+    if order["exact"]:
         config.clear_flag(trt.BuilderFlag.TF32)
     # without it TensorRT-RTX may allocate while it runs, which a CUDA graph cannot record; TensorRT has no such flag
     if "REQUIRE_USER_ALLOCATION" in trt.BuilderFlag.__members__:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if job["sm"]:
-        config.num_compute_capabilities = len(job["sm"])
-        for index, sm in enumerate(job["sm"]):
+    if order["sm"]:
+        config.num_compute_capabilities = len(order["sm"])
+        for index, sm in enumerate(order["sm"]):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index):
                 raise BuildError(f"SM {sm} is refused as a target")
     return sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag))
@@ -216,7 +216,7 @@ def main() -> int:
     """Build what standard input asks for; returns the exit code."""
     wire = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # libraries that print must not garble the messages
-    job: Job = json.loads(sys.stdin.readline())
+    order: BuildOrder = json.loads(sys.stdin.readline())
     cancelled = threading.Event()
 
     def send(message: Message) -> None:
@@ -230,11 +230,11 @@ def main() -> int:
             continue
         cancelled.set()
         time.sleep(CANCEL_SECONDS)
-        os._exit(1)  # the builder is in a phase without steps, and whoever asked for the plan has gone
+        os._exit(1)  # the builder is in a phase without steps, and the process that asked for it has ended
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        send(build(job, send, cancelled))
+        send(build(order, send, cancelled))
     except Cancelled:
         send({"cancelled": True})
     except (BuildError, OSError, MemoryError) as error:

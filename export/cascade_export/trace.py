@@ -25,8 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cascade_rt.errors import ExportError
 from cascade_rt.stages import Axis, AxisRange, EngineSpec, Precision, axis_of
 
-from .graphs import CALLS, Feeds
-from .models import Denoiser, StreamScales, build_model
+from .catalog import Call, Config, build_model, call_of
 
 TORCH_DTYPE: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -49,7 +48,7 @@ class Traced:
 class _Graph(nn.Module):
     """One engine as a module with one argument, the named inputs."""
 
-    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Feeds], tuple[Tensor, ...]]) -> None:
+    def __init__(self, model: nn.Module, call: Call) -> None:
         super().__init__()
         self.model = model
         self._call = call
@@ -58,26 +57,29 @@ class _Graph(nn.Module):
         return self._call(self.model, inputs)
 
 
-def trace(spec: EngineSpec, config: dict[str, Any], precision: Precision, scales: StreamScales | None = None) -> Traced:
+def trace(
+    spec: EngineSpec,
+    config: Config,
+    precision: Precision,
+    prepare: Callable[[nn.Module], None] = lambda module: None,
+) -> Traced:
     """Trace an engine.
 
     Args:
         spec: resolved row of the table.
-        config: of the model.
+        config: of its component.
         precision: compute dtype and opset.
-        scales: what a denoiser's residual stream is kept divided by; None: nothing.
+        prepare: told of the module before it is traced; sets what a precision needs.
 
     Raises:
         ExportError: the graph does not come out as the table says.
     """
     with _quiet(), FakeTensorMode():
         module = _build(spec.model, config, TORCH_DTYPE[precision.compute])
-        if scales is not None:
-            assert isinstance(module, Denoiser)
-            module.stream_scales = scales
+        prepare(module)
         examples, shapes = _examples(spec)
         program = torch.onnx.export(
-            _Graph(module, CALLS[spec.name]),
+            _Graph(module, call_of(spec)),
             (),
             kwargs={"inputs": examples},
             dynamo=True,
@@ -111,7 +113,7 @@ def trace(spec: EngineSpec, config: dict[str, Any], precision: Precision, scales
     return Traced(program.model, weights)
 
 
-def _build(component: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def _build(component: str, config: Config, dtype: torch.dtype) -> nn.Module:
     """A module made in ``dtype``: fake parameters cannot be converted afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -149,9 +151,9 @@ def save(traced: Traced, path: Path, weights: str, places: Mapping[str, tuple[in
 def _examples(spec: EngineSpec) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
     """Example inputs and torch's dynamic shapes for them.
 
-    A named size is a multiple of a unit, so ``height`` and ``height/2`` are both whole multiples of the same unit, which
-    is what torch can derive one axis from another by. Example sizes in units all differ and none is 0 or 1, so that
-    torch takes none for a constant.
+    A named size is a multiple of a unit, so ``height`` and ``height/2`` are both whole multiples of one unit: torch
+    derives axes from each other in no other way. Example sizes in units all differ and none is 0 or 1, so that torch
+    takes none for a constant.
     """
     names = dict.fromkeys(name for tensor in spec.inputs for name in tensor.free_names)
     units = {name: (2 + index, _unit(name, spec.ranges[name])) for index, name in enumerate(names)}
@@ -165,7 +167,7 @@ def _examples(spec: EngineSpec) -> tuple[dict[str, Tensor], dict[str, dict[int, 
 
 
 def _unit(name: str, limits: AxisRange) -> Any:
-    """torch's dimension that a named size is a multiple of."""
+    """The dimension for torch that a named size is a multiple of."""
     return torch.export.Dim(f"{name}_unit", min=max(1, limits.min // limits.multiple), max=limits.max)
 
 
@@ -228,7 +230,7 @@ def _check_and_name(spec: EngineSpec, graph: ir.Graph) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter of torch warns about torchvision and prints progress; none of it is for our user."""
+    """Hide what torch's exporter prints of its progress, and its warnings of torchvision: our user needs neither."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null):

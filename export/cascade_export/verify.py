@@ -1,13 +1,13 @@
-"""The parity ladder, and the rung that every export climbs before it gets its name: engine against fp32 PyTorch.
+"""What every export must pass before it gets its name: each engine is compared with fp32 PyTorch.
 
-What the exporter compares with is this package's own module in fp32, unsplit; that module is compared with diffusers
-in ``tests/parity``, from whose code nothing here is taken.
+The reference is this package's own module in fp32, unsplit; that module is compared with diffusers in
+``tests/parity``, from whose code nothing here is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cascade_rt.backends import Value
-from cascade_rt.bundle import LoopDefaults
 from cascade_rt.errors import ExportError
 from cascade_rt.image import resize_bilinear
-from cascade_rt.sampling import Schedule, denoise_step, guide, make_schedule, predict_x0, timestep_embedding
+from cascade_rt.loop import Denoising
+from cascade_rt.manifest import Figures, LoopDefaults, LoopFigures, Verification
+from cascade_rt.noise import PictureNoise
+from cascade_rt.sampling import SamplerName, Schedule, make_schedule, timestep_embedding
 from cascade_rt.stages import EngineSpec, Precision
 
-from .graphs import CALLS
+from .catalog import COMPONENTS, Config
 from .models import Denoiser
+from .samples import small_sizes
 
 Array = NDArray[Any]
 
@@ -52,23 +55,6 @@ PICTURE_PSNR = 60.0
 """Least PSNR in dB (peak 1) between a whole picture of fp32 engines and diffusers' fp32 picture."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """How far one tensor is from its reference, in float64.
-
-    Attributes:
-        rel_l2: norm of the difference over the norm of the reference.
-        max_abs: largest difference.
-        cosine: cosine similarity.
-        psnr: dB at peak 1, for pixels only.
-    """
-
-    rel_l2: float
-    max_abs: float
-    cosine: float
-    psnr: float | None = None
-
-
 def compare(name: str, made: Array, reference: Array, pixels: bool = False) -> Figures:
     """Compare two arrays.
 
@@ -82,139 +68,136 @@ def compare(name: str, made: Array, reference: Array, pixels: bool = False) -> F
         if not np.isfinite(array).all():
             raise ExportError(f"{name}: {whose} holds NaN or infinity")
     difference, size = np.linalg.norm(a - b), np.linalg.norm(b)
-    rel_l2 = float(difference / size) if size else float(difference)
     scale = np.linalg.norm(a) * size
-    cosine = float((a * b).sum() / scale) if scale else 1.0
-    psnr = None
-    if pixels:
-        mean = float(np.mean((a - b) ** 2))
-        psnr = float(-10 * np.log10(mean)) if mean else None
-    return Figures(rel_l2, float(np.abs(a - b).max(initial=0.0)), cosine, psnr)
+    mean = float(np.mean((a - b) ** 2)) if pixels else 0.0
+    return Figures(
+        rel_l2=float(difference / size) if size else float(difference),
+        max_abs=float(np.abs(a - b).max(initial=0.0)),
+        cosine=float((a * b).sum() / scale) if scale else 1.0,
+        psnr=float(-10 * np.log10(mean)) if mean else None,
+    )
 
 
-RunEngine = Callable[[str, Mapping[str, Value]], dict[str, Value]]
+RunEngine = Callable[[str, Mapping[str, Value]], Mapping[str, Value]]
+"""(engine name, inputs) -> outputs."""
 
 
-def verify_stage(
-    specs: list[EngineSpec], module: nn.Module, run: RunEngine, precision: Precision, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Compare the engines of a stage with their module.
-
-    Inputs are drawn as the loop draws them: normal latents, first, middle and last timestep, batches of two, a size
-    that is not square.
+def verify_engines(
+    specs: Sequence[EngineSpec],
+    config: Config,
+    module: nn.Module,
+    run: RunEngine,
+    precision: Precision,
+    provider: str,
+    seed: int = 0,
+) -> dict[str, Verification]:
+    """Compare the engines of a component with its module.
 
     Args:
-        specs: the stage's resolved engines.
-        module: the model in fp32, with its weights.
+        specs: resolved engines; of a denoiser context and step.
+        config: of the component.
+        module: in fp32, with its weights.
         run: runs one of the engines.
         precision: of the engines.
+        provider: that runs them, for the record.
         seed: of the inputs.
 
     Returns:
-        Engine name -> figures for its manifest record.
+        Engine name -> figures of the output that is furthest from PyTorch.
 
     Raises:
         ExportError: an engine is further from PyTorch than its precision explains.
     """
-    bound = TOLERANCES[f"engine {precision}"]
-    results: dict[str, dict[str, Any]] = {}
+    bound = TOLERANCES[f"engine {precision.name}"]
+    found: dict[str, Verification] = {}
     cases = _denoiser_cases if isinstance(module, Denoiser) else _plain_cases
     with torch.inference_mode():
-        for engine, tensor, figures in cases(specs, module, run, np.random.default_rng(seed)):
+        for engine, tensor, figures in cases(specs, config, module, run, np.random.default_rng(seed)):
             if figures.rel_l2 > bound.rel_l2:
                 raise ExportError(
-                    f"{engine}: {tensor} is {figures.rel_l2:.2e} from fp32 PyTorch; {precision} engines may be up to "
-                    f"{bound.rel_l2:.0e} ({bound.why}). Try another --precision"
+                    f"{engine}: {tensor} is {figures.rel_l2:.2e} from fp32 PyTorch; {precision.name} engines may be up "
+                    f"to {bound.rel_l2:.0e} ({bound.why}). Try another --precision"
                 )
-            worst = results.get(engine)
-            if worst is None or figures.rel_l2 > worst["rel_l2"]:
-                results[engine] = {"reference": "fp32 PyTorch", "tensor": tensor, **asdict(figures)}
-    return results
+            if engine not in found or figures.rel_l2 > found[engine].rel_l2:
+                found[engine] = Verification(
+                    provider=provider, reference="fp32 PyTorch", tensor=tensor, **_fields(figures)
+                )
+    return found
+
+
+def _fields(figures: Figures) -> dict[str, Any]:
+    return {name: getattr(figures, name) for name in Figures.__struct_fields__}
 
 
 Case = tuple[str, str, Figures]
+"""Engine, output, figures."""
 
 
 def _plain_cases(
-    specs: list[EngineSpec], module: nn.Module, run: RunEngine, rng: np.random.Generator
+    specs: Sequence[EngineSpec], config: Config, module: nn.Module, run: RunEngine, rng: np.random.Generator
 ) -> Iterator[Case]:
+    """Every output of every engine, for inputs as the catalogue draws them."""
     for spec in specs:
-        if spec.name == "text_encoder":
-            feeds = _draw_prompts(spec, module.config, rng)
-        else:
-            feeds = {t.name: _draw(spec, t.name, rng) for t in spec.inputs}
-        reference = CALLS[spec.name](module, {n: torch.from_numpy(a) for n, a in feeds.items()})
+        component = COMPONENTS[spec.model]
+        feeds = component.samples(spec, config, rng)
+        reference = component.calls[spec.name](module, {name: torch.from_numpy(a) for name, a in feeds.items()})
         outputs = run(spec.name, feeds)
         for tensor, wanted in zip(spec.outputs, reference, strict=True):
             made = outputs[tensor.name]
-            assert isinstance(made, np.ndarray)  # only context tensors stay on the device
+            assert isinstance(made, np.ndarray)  # only what a denoiser's context makes stays on the device
             yield spec.name, tensor.name, compare(tensor.name, made, wanted.numpy(), tensor.name == "pixels")
 
 
-def _draw_prompts(spec: EngineSpec, config: Any, rng: np.random.Generator) -> dict[str, Array]:
-    """Two prompts of random words, one that fills the length and a shorter one, each with its end token and padding."""
-    length = spec.inputs[0].axes[1]
-    assert isinstance(length, int)
-    ids = rng.integers(0, config.vocab_size, size=(2, length))
-    mask = np.ones((2, length), dtype=np.int64)
-    for row, end in enumerate((length - 1, length // 2)):
-        ids[row, end] = config.eos_token_id
-        ids[row, end + 1 :] = config.pad_token_id
-        mask[row, end + 1 :] = 0
-    return {"input_ids": ids.astype(np.int64), "attention_mask": mask}
-
-
-def _draw(spec: EngineSpec, name: str, rng: np.random.Generator) -> Array:
-    tensor = next(t for t in spec.inputs if t.name == name)
-    sizes = {"batch": 2, "height": 2, "width": 3}
-    shape = []
-    for axis in tensor.axes:
-        if isinstance(axis, int):
-            shape.append(axis)
-        else:
-            limits = spec.ranges[axis]
-            least = max(limits.min, limits.multiple)
-            shape.append(2 if axis == "batch" else least * sizes[axis])
-    if name == "pixels":
-        return rng.random(shape, dtype=np.float32)
-    return rng.standard_normal(shape, dtype=np.float32)
-
-
 def _denoiser_cases(
-    specs: list[EngineSpec], module: nn.Module, run: RunEngine, rng: np.random.Generator
+    specs: Sequence[EngineSpec], config: Config, module: nn.Module, run: RunEngine, rng: np.random.Generator
 ) -> Iterator[Case]:
+    """The first, middle and last step for a batch of two, whose rows do not always stand at the same step.
+
+    A context is judged by what the step makes of it: it never leaves the engine's device.
+    """
     assert isinstance(module, Denoiser)
+    context, step = context_and_step(specs)
     schedule = make_schedule("original", 5, shift=2.0)
-    conditions: dict[str, Tensor] = {}
-    for tensor in _parts(specs)[0].inputs:
-        if tensor.name == "timestep_embedding":
-            continue
-        # effnet is drawn smaller than the grid, so that the host's resize is a part of what is checked
-        sizes = {"batch": 2, "tokens": 9, "images": 1, "grid_height": 3, "grid_width": 4}
-        shape = [a if isinstance(a, int) else sizes[a] for a in tensor.axes]
-        conditions[tensor.name] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-    by_engine = _engine_steps(specs, module, run, schedule, conditions)
-    by_module = _module_steps(module, schedule, conditions)
-    latents = rng.standard_normal((2, module.config.in_channels, *_grid(specs)), dtype=np.float32)
-    for step in (0, len(schedule) // 2, len(schedule) - 1):
-        # the context is judged by what the step makes of it: it never leaves the engine's device
-        figures = compare("prediction", by_engine(latents, step), by_module(latents, step))
-        for spec in _parts(specs):
+    conditions = COMPONENTS[context.model].samples(context, config, rng)
+    if "effnet" in conditions:  # smaller than the grid: the host's resize is compared too
+        conditions["effnet"] = conditions["effnet"][..., 1:, 1:]
+    conditions |= _step_conditions(context, step, rng)
+    tensors = {name: torch.from_numpy(a.copy()) for name, a in conditions.items()}
+    by_engine = predict_by_engines(specs, module, run, schedule, conditions)
+    by_module = predict_by_module(module, schedule, tensors)
+    latents = rng.standard_normal(latents_shape(specs, 2), dtype=np.float32)
+    last = len(schedule) - 1
+    for rows in ((0, 0), (last // 2, last), (last, last)):
+        steps = np.array(rows, dtype=np.int64)
+        figures = compare("prediction", by_engine(latents, steps), by_module(latents, steps))
+        for spec in (context, step):
             yield spec.name, "prediction", figures
 
 
+def _step_conditions(context: EngineSpec, step: EngineSpec, rng: np.random.Generator) -> dict[str, Array]:
+    """Inputs of the step that the context does not make: those of features."""
+    sizes, made = small_sizes(step), {tensor.name for tensor in context.outputs}
+    extra = [t for t in step.inputs if t.name not in made and t.name not in ("latents", "step")]
+    return {t.name: rng.standard_normal(t.shape(sizes), dtype=np.float32) for t in extra}
+
+
+Predict = Callable[[Array, Array], Array]
+"""(latents ``[B, C, H, W]`` float32, each row's row of the schedule ``[B]`` int64) -> prediction, like the latents."""
+
+
 def verify_loop(
-    specs: list[EngineSpec],
+    specs: Sequence[EngineSpec],
     module: Denoiser,
     run: RunEngine,
     precision: Precision,
     schedule: Schedule,
+    sampler: SamplerName,
     defaults: LoopDefaults,
     conditions: Mapping[str, Tensor],
     *,
     seed: int = 0,
     progress: Callable[[int], Any] = lambda steps: None,
-) -> dict[str, Any]:
+) -> LoopFigures:
     """Compare a whole denoising loop through a denoiser's engines with the same loop through its module.
 
     Each loop goes on from its own latents, so that errors add up as they do for a picture; noise is the same.
@@ -225,13 +208,11 @@ def verify_loop(
         run: runs one of the engines.
         precision: of the engines.
         schedule: the loop's tables.
+        sampler: whose they are, for the record.
         defaults: its guidance.
         conditions: inputs of `Denoiser.forward` beside sample and ratio: a prompt's row and a negative prompt's.
         seed: of latents and noise.
         progress: told of finished network calls, of which there are two a step.
-
-    Returns:
-        The figures for the manifest.
 
     Raises:
         ExportError: the engines' loop ends further from PyTorch's than its precision explains, or in NaN.
@@ -240,77 +221,95 @@ def verify_loop(
     given = {name: tensor[:rows].clone() for name, tensor in conditions.items()}
     if "effnet" in given:
         given["effnet"][1:] = 0  # what guidance steers away from, as in both references
-    shape = (1, module.config.in_channels, *_grid(specs))
+    arrays = {name: tensor.numpy() for name, tensor in given.items()}
     ends: list[Array] = []
     # the module first: where weights are damaged, no engine is to blame
-    for predict in (_module_steps(module, schedule, given), _engine_steps(specs, module, run, schedule, given)):
-        rng = np.random.default_rng(seed)
-        latents = rng.standard_normal(shape, dtype=np.float32)
-        for step in range(len(schedule)):
-            prediction = predict(np.repeat(latents, rows, axis=0), step)
+    for predict in (
+        predict_by_module(module, schedule, given),
+        predict_by_engines(specs, module, run, schedule, arrays),
+    ):
+        noise = PictureNoise("torch-cpu", (seed,), 1)
+        loop = Denoising(
+            schedule=schedule,
+            latents=noise.normal(latents_shape(specs, 1)),
+            noise=noise,
+            scales=(defaults.guidance_scale,),
+            rescale=defaults.guidance_rescale,
+            name=stage,
+        )
+        while not loop.done:
+            prediction = predict(*loop.inputs())
             if not np.isfinite(prediction).all():
-                where = f"{stage}: step {step + 1} of a loop of {len(schedule)} made NaN or infinity"
+                where = f"{stage}: step {loop.step + 1} of a loop of {len(schedule)} made NaN or infinity"
                 if not ends:
                     raise ExportError(f"{where} in fp32 PyTorch already; the checkpoint is damaged")
-                raise ExportError(f"{where} in {precision}, and none in fp32 PyTorch; export it with --precision fp32")
-            if rows == 2:
-                prediction = guide(prediction[:1], prediction[1:], defaults.guidance_scale, defaults.guidance_rescale)
-            end = predict_x0(schedule, step, latents, prediction)
-            latents = denoise_step(schedule, step, latents, prediction, rng.standard_normal(shape, dtype=np.float32))
+                what = f"{where} in {precision.name}, and none in fp32 PyTorch"
+                raise ExportError(f"{what}; export it with --precision fp32")
+            loop.advance(prediction)
             progress(1)
-        ends.append(end if schedule.returns_x0 else latents)
-    bound = TOLERANCES[f"loop {precision}"]
+        ends.append(loop.result)
+    bound = TOLERANCES[f"loop {precision.name}"]
     figures = compare(f"the end of {stage}'s loop", ends[1], ends[0])
     if figures.rel_l2 > bound.rel_l2:
         raise ExportError(
-            f"{stage}: a loop of {len(schedule)} steps ends {figures.rel_l2:.2e} from fp32 PyTorch's; {precision} "
+            f"{stage}: a loop of {len(schedule)} steps ends {figures.rel_l2:.2e} from fp32 PyTorch's; {precision.name} "
             f"engines may be up to {bound.rel_l2:.0e} ({bound.why}). Try another --precision"
         )
-    return {"steps": len(schedule), "guidance_scale": defaults.guidance_scale, **asdict(figures)}
+    return LoopFigures(sampler=sampler, steps=len(schedule), guidance_scale=defaults.guidance_scale, **_fields(figures))
 
 
-Steps = Callable[[Array, int], Array]
-"""(latents ``[B, C, H, W]`` float32, step) -> prediction, like the latents."""
+def context_and_step(specs: Sequence[EngineSpec]) -> tuple[EngineSpec, EngineSpec]:
+    """The two engines of a denoiser."""
+    context, step = sorted(specs, key=lambda spec: spec.name)
+    return context, step
 
 
-def _parts(specs: list[EngineSpec]) -> list[EngineSpec]:
-    """Context and step, in this order."""
-    return sorted(specs, key=lambda s: s.name)
+def latents_shape(specs: Sequence[EngineSpec], pictures: int) -> tuple[int, ...]:
+    """Small latents that are not square."""
+    step = context_and_step(specs)[1]
+    return step.tensor("latents").shape(small_sizes(step) | {"batch": pictures})
 
 
-def _grid(specs: list[EngineSpec]) -> tuple[int, int]:
-    """A small size of latents that is not square."""
-    multiple = _parts(specs)[1].ranges["height"].multiple
-    return max(4, 2 * multiple), max(6, 3 * multiple)
+def predict_by_engines(
+    specs: Sequence[EngineSpec],
+    module: Denoiser,
+    run: RunEngine,
+    schedule: Schedule,
+    conditions: Mapping[str, Array],
+) -> Predict:
+    """The engines, their context computed.
 
-
-def _engine_steps(
-    specs: list[EngineSpec], module: Denoiser, run: RunEngine, schedule: Schedule, conditions: Mapping[str, Tensor]
-) -> Steps:
-    """The engines, their context computed."""
-    config, (context_spec, step_spec) = module.config, _parts(specs)
-    feeds: dict[str, Array] = {name: tensor.numpy() for name, tensor in conditions.items()}
+    Args:
+        specs: context and step.
+        module: whose config is needed.
+        run: runs one of the engines.
+        schedule: the loop's tables.
+        conditions: of the context, and those of the step that the context does not make; effnet of any size.
+    """
+    config, (context_spec, step_spec) = module.config, context_and_step(specs)
+    feeds: dict[str, Array] = {t.name: conditions[t.name] for t in context_spec.inputs if t.name in conditions}
     if "effnet" in feeds:
-        height, width = (side // config.patch_size for side in _grid(specs))
+        height, width = (side // config.patch_size for side in latents_shape(specs, 1)[-2:])
         feeds["effnet"] = resize_bilinear(feeds["effnet"], height, width)
     feeds["timestep_embedding"] = timestep_embedding(schedule.ratios, config.timestep_ratio_embedding_dim)
     context = run(context_spec.name, feeds)
+    extra = {t.name: conditions[t.name] for t in step_spec.inputs if t.name in conditions}
 
-    def predict(latents: Array, step: int) -> Array:
-        made = run(step_spec.name, {**context, "latents": latents, "step": np.array([step])})["prediction"]
+    def predict(latents: Array, steps: Array) -> Array:
+        made = run(step_spec.name, {**context, **extra, "latents": latents, "step": steps})["prediction"]
         assert isinstance(made, np.ndarray)
         return made
 
     return predict
 
 
-def _module_steps(module: Denoiser, schedule: Schedule, conditions: Mapping[str, Tensor]) -> Steps:
+def predict_by_module(module: Denoiser, schedule: Schedule, conditions: Mapping[str, Tensor]) -> Predict:
     """The module, unsplit."""
 
-    def predict(latents: Array, step: int) -> Array:
-        ratio = torch.full((len(latents),), float(schedule.ratios[step]))
+    def predict(latents: Array, steps: Array) -> Array:
+        ratios = torch.from_numpy(schedule.ratios[steps])
         with torch.inference_mode():
-            made: Array = module(torch.from_numpy(latents), ratio, **conditions).numpy()
+            made: Array = module(torch.from_numpy(latents), ratios, **conditions).numpy()
         return made
 
     return predict

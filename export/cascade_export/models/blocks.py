@@ -10,11 +10,18 @@ the stream of the published 3.6B Stage C goes beyond. Norms take the factor out 
 norms' epsilon, which is divided by the factor's square; what a block adds to the stream is divided where it is still
 small. With a factor of 1 no operation is added.
 
+**Weights behind which the stream is divided may be stored divided themselves**, where fp16 does not hold them: by
+their module's ``stored_scale`` (weight and bias) or ``bias_scale`` (the bias alone), powers of two up to the stream's.
+Then so much less is divided in the graph. `Divisible` says which parameters these are.
+
 Sub-module names are diffusers', so a checkpoint's keys are this package's state-dict keys.
 Matches: ``diffusers/models/unets/unet_stable_cascade.py`` (checked in ``tests/parity``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +30,23 @@ from torch import Tensor, nn
 LAYER_NORM_EPS = 1e-6
 GRN_EPS = 1e-6
 _LEAST_SQUARES = 1e-30
+_BOTH = ("weight", "bias")
+
+
+class Divisible(NamedTuple):
+    """Parameters that may be stored divided by a power of two, because the graph divides what they make.
+
+    Attributes:
+        module: that holds them.
+        attribute: of the module: the power of two.
+        parameters: their names in the module.
+        most: the largest power of two: what the graph divides by.
+    """
+
+    module: nn.Module
+    attribute: str
+    parameters: tuple[str, ...]
+    most: float
 
 
 def layer_norm(x: Tensor, stream_scale: float = 1.0) -> Tensor:
@@ -56,6 +80,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Linear(nn.Linear):
     """``nn.Linear`` by way of `linear`."""
 
+    stored_scale = 1.0
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -73,12 +99,14 @@ class Pointwise(nn.Conv2d):
     """A 1 x 1 convolution with a convolution's weight ``[out, in, 1, 1]``, applied to the last axis as a Linear."""
 
     stream_scale = 1.0
+    stored_scale = 1.0
+    bias_scale = 1.0
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else shrink(self.bias, self.stream_scale)
+        bias = None if self.bias is None else shrink(self.bias, self.stream_scale / self.bias_scale)
         return linear(x, self.weight.flatten(1), bias)
 
 
@@ -86,9 +114,11 @@ class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` on ``[B, H, W, C]``."""
 
     stream_scale = 1.0
+    stored_scale = 1.0
+    bias_scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else shrink(self.bias, self.stream_scale)
+        bias = None if self.bias is None else shrink(self.bias, self.stream_scale / self.bias_scale)
         y: Tensor = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, bias)
         return y.permute(0, 2, 3, 1)
 
@@ -99,6 +129,8 @@ class PlainConvTranspose2d(nn.ConvTranspose2d):
     TensorRT-RTX 1.7 builds no transposed convolution in bfloat16 ("Could not infer output types for operation:
     deconv"); in float16 and float32 it does.
     """
+
+    stored_scale = 1.0
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         if self.weight.dtype != torch.bfloat16:
@@ -129,16 +161,17 @@ class GlobalResponseNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
-    stream_scale = 1.0
+    stored_scale = 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, divide: float = 1.0) -> Tensor:
+        """Normalise ``[B, H, W, C]``, and divide by ``divide``: what comes behind then adds small numbers."""
         wide = x.float()
         # the gradient of a square root is infinite at 0, which a channel that is 0 everywhere would bring into training
         response = (wide * wide).sum(dim=(1, 2), keepdim=True).clamp_min(_LEAST_SQUARES).sqrt()
         response = response / (response.mean(dim=-1, keepdim=True) + GRN_EPS)
-        # the stream's factor is taken here, where it costs nothing: the Linear behind this then adds small numbers
-        scale = shrink(1 + self.gamma.float() * response, self.stream_scale).to(x.dtype)
-        y: Tensor = x * scale + shrink(self.beta, self.stream_scale)
+        gamma = shrink(self.gamma.float(), 1 / self.stored_scale)
+        scale = shrink(1 + gamma * response, divide).to(x.dtype)  # the division costs nothing here
+        y: Tensor = x * scale + shrink(self.beta, divide / self.stored_scale)
         return y
 
 
@@ -168,24 +201,29 @@ class ResBlock(nn.Module):
         h = layer_norm(self.depthwise(x), self.stream_scale)
         if skip is not None:
             h = torch.cat([h, skip], dim=-1)
-        narrow = self.channelwise[-1]
+        widen, activate, respond, dropout, narrow = self.channelwise
         assert isinstance(narrow, Linear)
-        for layer in list(self.channelwise)[:-1]:
-            h = layer(h)
-        return x + linear(h, narrow.weight, shrink(narrow.bias, self.stream_scale))
+        divide = self.stream_scale / narrow.stored_scale
+        h = dropout(respond(activate(widen(h)), divide))
+        return x + linear(h, narrow.weight, shrink(narrow.bias, divide))
 
     def set_stream_scale(self, scale: float) -> None:
         """Keep the stream divided by ``scale``, a power of two."""
         self.stream_scale = self.depthwise.stream_scale = scale
-        respond = self.channelwise[2]
-        assert isinstance(respond, GlobalResponseNorm)
-        respond.stream_scale = scale
+
+    def divisible(self) -> Iterator[Divisible]:
+        """Its parameters that may be stored divided."""
+        _, _, respond, _, narrow = self.channelwise
+        yield Divisible(self.depthwise, "bias_scale", ("bias",), self.stream_scale)
+        yield Divisible(respond, "stored_scale", ("gamma", "beta"), self.stream_scale)
+        yield Divisible(narrow, "stored_scale", _BOTH, self.stream_scale)
 
 
 class TimestepBlock(nn.Module):
     """Scale and shift by the timestep. `modulation` is the part that does not depend on the latents."""
 
     stream_scale = 1.0
+    stored_scale = 1.0
 
     def __init__(self, channels: int, embedding_dim: int, conditions: tuple[str, ...]) -> None:
         super().__init__()
@@ -210,12 +248,17 @@ class TimestepBlock(nn.Module):
         total = _linear_fp32(self.mapper, embedding)
         for name in self.condition_mappers:
             total = total + _linear_fp32(getattr(self, name), zero_embedding)
-        scale, shift = total.chunk(2, dim=-1)
+        scale, shift = shrink(total, 1 / self.stored_scale).chunk(2, dim=-1)
         return torch.cat([1 + scale, shrink(shift, self.stream_scale)], dim=-1)
 
     def set_stream_scale(self, scale: float) -> None:
         """Keep the stream divided by ``scale``, a power of two."""
         self.stream_scale = scale
+
+    def divisible(self) -> Iterator[Divisible]:
+        """Its parameters that may be stored divided."""
+        names = tuple(f"{mapper}.{part}" for mapper in ("mapper", *self.condition_mappers) for part in _BOTH)
+        yield Divisible(self, "stored_scale", names, self.stream_scale)
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Apply the two halves of a `modulation`, ``[B, 1, 1, channels]``, to ``x`` ``[B, H, W, channels]``."""
@@ -271,8 +314,9 @@ class Attention(nn.Module):
         out = scores.softmax(dim=-1) @ value
         project = self.to_out[0]
         assert isinstance(project, Linear)
-        out = shrink(out.transpose(1, 2).flatten(2), self.stream_scale)
-        return linear(out, project.weight, shrink(project.bias, self.stream_scale))
+        divide = self.stream_scale / project.stored_scale
+        out = shrink(out.transpose(1, 2).flatten(2), divide)
+        return linear(out, project.weight, shrink(project.bias, divide))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         y: Tensor = x.unflatten(-1, (self.heads, self.inner // self.heads))
@@ -304,3 +348,7 @@ class AttnBlock(nn.Module):
     def set_stream_scale(self, scale: float) -> None:
         """Keep the stream divided by ``scale``, a power of two."""
         self.stream_scale = self.attention.stream_scale = scale
+
+    def divisible(self) -> Iterator[Divisible]:
+        """Its parameters that may be stored divided."""
+        yield Divisible(self.attention.to_out[0], "stored_scale", _BOTH, self.stream_scale)

@@ -8,6 +8,7 @@ Matches: ``diffusers/models/unets/unet_stable_cascade.py``, ``StableCascade/modu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from .blocks import (
     AttnBlock,
     Conv2d,
     ConvTranspose2d,
+    Divisible,
     LayerNorm,
     Linear,
     Pointwise,
@@ -55,6 +57,16 @@ class StreamScales(NamedTuple):
     up: tuple[float, ...]
 
 
+class _Half(NamedTuple):
+    """The way down or up: level changes are ``late`` places before the level that they lead to."""
+
+    late: int
+    scales: tuple[float, ...]
+    stacks: nn.ModuleList
+    changes: nn.ModuleList
+    repeats: nn.ModuleList
+
+
 class Rescale(nn.Module):
     """A level change without a strided convolution: 1 x 1 convolution and, where switched on, bilinear resampling.
 
@@ -68,6 +80,13 @@ class Rescale(nn.Module):
         projection = Pointwise(in_channels, out_channels)
         self.blocks = nn.ModuleList([nn.Identity(), projection] if up else [projection, nn.Identity()])
         self.up = up
+
+    @property
+    def projection(self) -> Pointwise:
+        """The 1 x 1 convolution."""
+        projection = self.blocks[1 if self.up else 0]
+        assert isinstance(projection, Pointwise)
+        return projection
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
@@ -155,10 +174,7 @@ class Denoiser(nn.Module):
 
     @stream_scales.setter
     def stream_scales(self, scales: StreamScales) -> None:
-        for half, stacks, changes, repeats in (
-            (scales.down, self.down_blocks, self.down_downscalers, self.down_repeat_mappers),
-            (scales.up, self.up_blocks, self.up_upscalers, self.up_repeat_mappers),
-        ):
+        for late, half, stacks, changes, repeats in self._halves(scales):
             if len(half) != self.config.levels or any(k < 1 or math.log2(k) % 1 for k in half):
                 raise ValueError(f"stream scales {half} must be {self.config.levels} powers of two, none below 1")
             for index, scale in enumerate(half):
@@ -169,11 +185,30 @@ class Denoiser(nn.Module):
                     assert isinstance(mapper, Pointwise)
                     mapper.stream_scale = scale
                 # a level change begins with a norm of the level that it leaves
-                leaving = index + 1 if half is scales.down else index
+                leaving = index + 1 - late
                 if leaving < self.config.levels and isinstance(change := changes[leaving], nn.Sequential):
                     _norm_of(change).stream_scale = scale
         _norm_of(self.clf).stream_scale = scales.up[-1]
         self._stream_scales = scales
+
+    def divisible(self) -> dict[tuple[str, ...], Divisible]:
+        """Parameters that may be stored divided, now that the stream is, by their keys in the state dict."""
+        found: list[Divisible] = []
+        for late, half, stacks, changes, repeats in self._halves(self.stream_scales):
+            for index, scale in enumerate(half):
+                for block in stacks[index].children():
+                    assert isinstance(block, ResBlock | TimestepBlock | AttnBlock)
+                    found += block.divisible()
+                found += [Divisible(mapper, "bias_scale", ("bias",), scale) for mapper in repeats[index].children()]
+                if index >= late and isinstance(change := changes[index - late], nn.Sequential):
+                    found.append(Divisible(_change_of(change), "stored_scale", ("weight", "bias"), scale))
+        names = {module: f"{name}." for name, module in self.named_modules()}
+        keys = {tuple(names[row.module] + parameter for parameter in row.parameters): row for row in found}
+        return {parameters: row for parameters, row in keys.items() if row.most > 1}
+
+    def _halves(self, scales: StreamScales) -> Iterator[_Half]:
+        yield _Half(0, scales.down, self.down_blocks, self.down_downscalers, self.down_repeat_mappers)
+        yield _Half(1, scales.up, self.up_blocks, self.up_upscalers, self.up_repeat_mappers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -290,7 +325,7 @@ class Denoiser(nn.Module):
         levels = range(self.config.levels)
         for i in levels:
             if i:  # the norm in front of a level change has taken the last level's factor out
-                x = shrink(self.down_downscalers[i](x), scales.down[i])
+                x = shrink(self.down_downscalers[i](x), scales.down[i] / _stored_scale(self.down_downscalers[i]))
             x = run(x, self.down_blocks[i], self.down_repeat_mappers[i])
             # a skip goes into a Linear unnormalised, so it is handed on in its true size
             skips.append(shrink(x, 1 / scales.down[i]))
@@ -299,7 +334,7 @@ class Denoiser(nn.Module):
             skip = skips[-1 - i] if i else None  # the deepest level goes straight on
             x = run(x, self.up_blocks[i], self.up_repeat_mappers[i], skip)
             if i < self.config.levels - 1:
-                x = shrink(self.up_upscalers[i](x), scales.up[i + 1])
+                x = shrink(self.up_upscalers[i](x), scales.up[i + 1] / _stored_scale(self.up_upscalers[i]))
         norm, project, shuffle = self.clf
         # float32 first: ONNX Runtime's CUDA provider has no DepthToSpace in bfloat16
         y: Tensor = shuffle(project(norm(x)).permute(0, 3, 1, 2).float())
@@ -383,3 +418,17 @@ def _norm_of(part: nn.Sequential) -> LayerNorm:
     norm = part[0]
     assert isinstance(norm, LayerNorm)
     return norm
+
+
+def _change_of(part: nn.Sequential) -> Conv2d | ConvTranspose2d | Pointwise:
+    """The convolution of a level change."""
+    change = part[1]
+    if isinstance(change, Rescale):
+        return change.projection
+    assert isinstance(change, Conv2d | ConvTranspose2d)
+    return change
+
+
+def _stored_scale(part: nn.Module) -> float:
+    """What the weights of a level change are stored divided by."""
+    return _change_of(part).stored_scale if isinstance(part, nn.Sequential) else 1.0

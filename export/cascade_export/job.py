@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cascade_rt.bundle import Bundle
-from cascade_rt.shapes import DEFAULT_SHAPES, Shapes
+from cascade_rt.manifest import Manifest
+from cascade_rt.profiles import DEFAULT_SHAPES, Shapes
 from cascade_rt.stages import Precision, StageName, engines_of
 
-from .tensorrt import ONNX, Target
+from .targets import ONNX, BuildTarget
 
 Report = Callable[[str], None]
+"""Gets one line for each thing that was done."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportRequest:
     """What to export.
 
@@ -23,39 +24,39 @@ class ExportRequest:
         stages: in any order.
         precision: of weights and wide activations.
         out: the bundle.
+        features: engines whose tensors know them are made with them.
         skip_absent: leave out stages that the checkpoint does not have (for ``--stage all``).
         verify: compare with fp32 PyTorch before the bundle takes its place.
         overwrite: replace engines that are there.
         quiet: no progress bar.
-        targets: engine runtimes, from `tensorrt.resolve_targets`.
-        shapes: sizes that plans take, from `shapes.parse_shapes`.
+        targets: engine runtimes, from `targets.resolve_targets`.
+        shapes: sizes that engine files take, from `shape_options.parse_shapes`.
     """
 
     stages: tuple[StageName, ...]
     precision: Precision
     out: Path
+    features: tuple[str, ...] = ()
     skip_absent: bool = False
     verify: bool = True
     overwrite: bool = False
     quiet: bool = False
-    targets: tuple[Target, ...] = (ONNX,)
+    targets: tuple[BuildTarget, ...] = (ONNX,)
     shapes: Shapes = DEFAULT_SHAPES
 
     @property
     def keeps_graphs(self) -> bool:
-        """Whether graphs go into the bundle, or are only what plans are built from."""
+        """Whether graphs go into the bundle, or are only what engine files are built from."""
         return ONNX in self.targets
 
     @property
-    def plans(self) -> tuple[Target, ...]:
+    def engine_files(self) -> tuple[BuildTarget, ...]:
         """Targets that are built from graphs."""
-        return tuple(t for t in self.targets if t != ONNX)
+        return tuple(target for target in self.targets if target != ONNX)
 
 
-def own_precision(bundle: Bundle, stages: tuple[StageName, ...]) -> Precision | None:
+def own_precision(manifest: Manifest, stages: tuple[StageName, ...]) -> Precision | None:
     """The precision of the graphs that a bundle holds of stages; None if it holds none of some, or several."""
-    engines = bundle.manifest.engines
-    found = [engines.get(spec.name, ()) for stage in stages for spec in engines_of(stage)]
-    precisions = {record.precision for records in found for record in records if record.runtime == "onnx"}
-    complete = all(any(record.runtime == "onnx" for record in records) for records in found)
-    return precisions.pop() if complete and len(precisions) == 1 else None
+    found = [manifest.records(spec.name, "onnx") for stage in stages for spec in engines_of(stage)]
+    precisions = {record.precision for records in found for record in records}
+    return precisions.pop() if all(found) and len(precisions) == 1 else None
