@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import BundleError, RequestError, refused
 from .manifest import EngineRecord, LoopDefaults, Manifest, ModelFacts, SamplerPreset
@@ -44,26 +45,31 @@ class LoopPlan:
     Attributes:
         stage: whose engines run it.
         schedule: its tables.
-        scales: guidance scale of every picture; up to 1 is none, as in diffusers.
+        scales: ``[steps, B]`` float64: guidance scale of every step and picture; up to 1 is none, as in diffusers.
         rescale: rho of `sampling.guide`.
         latents: ``(B, C, H, W)``.
     """
 
     stage: DenoiserName
     schedule: Schedule
-    scales: tuple[float, ...]
+    scales: NDArray[np.float64]
     rescale: float
     latents: tuple[int, int, int, int]
 
     @property
-    def guided(self) -> tuple[int, ...]:
-        """The pictures that are drawn with guidance."""
-        return tuple(index for index, scale in enumerate(self.scales) if scale > 1)
+    def guided(self) -> bool:
+        """Whether any picture is drawn with guidance in any step."""
+        return bool((self.scales > 1).any())
 
     @property
     def rows(self) -> int:
-        """Rows of a step engine's call: every picture, and the guided ones once more without their prompt."""
-        return len(self.scales) + len(self.guided)
+        """Most rows of a step engine's call: every picture, and the guided ones once more without their prompt."""
+        return self.latents[0] + int((self.scales > 1).sum(axis=1).max(initial=0))
+
+    @property
+    def context_rows(self) -> int:
+        """Rows of the context: every picture, and once more those that are guided in any step."""
+        return self.latents[0] + int((self.scales > 1).any(axis=0).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +136,11 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         if f"{stage}.step" not in records:
             continue
         spec = records[f"{stage}.step"].spec
+        schedule = _schedule(stage, sampler, own, defaults, manifest)
         loop = LoopPlan(
             stage=stage,
-            schedule=_schedule(stage, sampler, own, defaults, manifest),
-            scales=_scales(f"{field}.guidance_scale", own.guidance_scale, defaults, pictures, prompts),
+            schedule=schedule,
+            scales=_scales(field, own, defaults, len(schedule), pictures, prompts),
             rescale=defaults.guidance_rescale,
             latents=(pictures, _channels(spec), *size),
         )
@@ -247,7 +254,7 @@ def _needs_text_encoder(request: Request, manifest: Manifest, given: Tensors, pa
         parts.append((request.prior, preset.prior))
     if part != "prior":
         parts.append((request.decoder, preset.decoder))
-    scales = [given_or(own.guidance_scale, defaults.guidance_scale) for own, defaults in parts]
+    scales = [given_or(own.guidance_per_step, given_or(own.guidance_scale, row.guidance_scale)) for own, row in parts]
     guided = any(one > 1 for scale in scales for one in (scale if isinstance(scale, tuple) else (scale,)))
     return guided and given.negative_prompt_embeds_pooled is None
 
@@ -291,7 +298,7 @@ def _picture_count(request: Request, given: Tensors, prompts: int, part: Part) -
     seeds = len(request.seeds or ())
     if part == "decoder":
         count = int(given_or(images, 1))
-        embedded = int(len(given.image_embeddings))
+        embedded = len(given.image_embeddings)
         if embedded % prompts:
             raise RequestError(
                 f"{embedded} image embeddings cannot be shared out to {prompts} prompts", field="image_embeddings"
@@ -341,24 +348,44 @@ def _schedule(
 
 
 def _scales(
-    field: str, scale: float | tuple[float, ...] | None, defaults: LoopDefaults, pictures: int, prompts: int
-) -> tuple[float, ...]:
-    """The guidance scale of every picture."""
-    if not isinstance(scale, tuple):
-        return (float(given_or(scale, defaults.guidance_scale)),) * pictures
-    if len(scale) == pictures:
-        return scale
-    if len(scale) == prompts:
-        return tuple(one for one in scale for _ in range(pictures // prompts))
-    each = f"1, {prompts} or {pictures}" if prompts != pictures else f"1 or {pictures}"
-    raise RequestError(f"{field} has {len(scale)} numbers for {pictures} pictures; give {each}", field=field)
+    field: str, own: LoopSettings, defaults: LoopDefaults, steps: int, pictures: int, prompts: int
+) -> NDArray[np.float64]:
+    """The guidance scale of every step and picture, ``[steps, pictures]``; 1 outside the guidance interval."""
+    scale = own.guidance_scale
+    if own.guidance_per_step is not None:
+        listed = np.array(own.guidance_per_step)
+        if len(listed) not in (2, steps):
+            raise RequestError(
+                f"{field}.guidance_per_step has {len(listed)} numbers for {steps} steps; give {steps}, or 2",
+                field=f"{field}.guidance_per_step",
+            )
+        by_step = listed if len(listed) == steps else np.linspace(listed[0], listed[1], steps)
+        table = np.repeat(by_step[:, None], pictures, axis=1)
+    else:
+        if not isinstance(scale, tuple):
+            by_picture = (float(given_or(scale, defaults.guidance_scale)),) * pictures
+        elif len(scale) == pictures:
+            by_picture = scale
+        elif len(scale) == prompts:
+            by_picture = tuple(one for one in scale for _ in range(pictures // prompts))
+        else:
+            each = f"1, {prompts} or {pictures}" if prompts != pictures else f"1 or {pictures}"
+            raise RequestError(
+                f"{field}.guidance_scale has {len(scale)} numbers for {pictures} pictures; give {each}",
+                field=f"{field}.guidance_scale",
+            )
+        table = np.repeat(np.array([by_picture]), steps, axis=0)
+    first, end = own.guidance_start * steps, own.guidance_end * steps
+    inside = np.array([first <= step < end for step in range(steps)])
+    return np.where(inside[:, None], table, 1.0)
 
 
 def _full(own: LoopSettings, defaults: LoopDefaults) -> LoopSettings:
-    return LoopSettings(
-        num_inference_steps=given_or(own.num_inference_steps, defaults.num_inference_steps),
-        guidance_scale=given_or(own.guidance_scale, defaults.guidance_scale),
-    )
+    scale = own.guidance_scale
+    if scale is None and own.guidance_per_step is None:
+        scale = defaults.guidance_scale
+    steps = given_or(own.num_inference_steps, defaults.num_inference_steps)
+    return replace(own, num_inference_steps=steps, guidance_scale=scale)
 
 
 def _channels(spec: EngineSpec) -> int:
@@ -371,7 +398,7 @@ def _channels(spec: EngineSpec) -> int:
 def _check_loop(loop: LoopPlan, spec: EngineSpec, size: tuple[int, int]) -> None:
     most = spec.ranges["batch"].max
     if not spec.ranges["batch"].accepts(loop.rows):
-        pictures = len(loop.scales)
+        pictures = loop.latents[0]
         twice = f", {loop.rows} rows with guidance," if loop.guided else ""
         raise RequestError(
             f"{pictures} pictures at once{twice} are not accepted; these engines take up to {most} rows",
@@ -464,7 +491,12 @@ def _memory(
             continue
         spec = records[f"{loop.stage}.step"].spec
         sizes = {name: limits.opt for name, limits in spec.ranges.items()}
-        sizes |= {"batch": loop.rows, "steps": len(loop.schedule), "height": loop.latents[2], "width": loop.latents[3]}
+        sizes |= {
+            "batch": loop.context_rows,
+            "steps": len(loop.schedule),
+            "height": loop.latents[2],
+            "width": loop.latents[3],
+        }
         total += sum(
             ITEM_SIZE[tensor.dtype] * int(np.prod(tensor.shape(sizes), dtype=np.int64))
             for tensor in spec.inputs

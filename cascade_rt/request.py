@@ -40,10 +40,17 @@ class LoopSettings:
     Attributes:
         num_inference_steps: network calls, 1..1000.
         guidance_scale: classifier-free guidance, one number or one for every picture; up to 1 is none.
+        guidance_start: share of the steps, 0..1, before which there is no guidance: its rows are not computed.
+        guidance_end: share of the steps from which on there is none.
+        guidance_per_step: scales that take the place of ``guidance_scale``: one for every step, or two, between which
+            the steps are interpolated, as the authors' ``cfg=[a, b]``.
     """
 
     num_inference_steps: int | None = None
     guidance_scale: float | tuple[float, ...] | None = None
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    guidance_per_step: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,15 +377,50 @@ def _loop_settings(name: str, settings: Any) -> LoopSettings:
         raise refused(name, settings, "an object with num_inference_steps and guidance_scale")
     scale = settings.guidance_scale
     if isinstance(scale, list | tuple):
-        if not 1 <= len(scale) <= MAX_PICTURES:
-            raise refused(f"{name}.guidance_scale", scale, f"a number, or a list of 1 to {MAX_PICTURES}")
-        scale = tuple(check_scale(f"{name}.guidance_scale", one) for one in scale)
+        scale = _scales(f"{name}.guidance_scale", scale, MAX_PICTURES)
     elif scale is not None:
         scale = check_scale(f"{name}.guidance_scale", scale)
     steps = settings.num_inference_steps
     if steps is not None:
         steps = check_integer(f"{name}.num_inference_steps", steps, 1, MAX_STEPS)
-    return LoopSettings(num_inference_steps=steps, guidance_scale=scale)
+    per_step = settings.guidance_per_step
+    if per_step is not None:
+        per_step = _scales(f"{name}.guidance_per_step", per_step, MAX_STEPS)
+        if scale is not None:
+            raise RequestError(
+                f"give either {name}.guidance_scale or {name}.guidance_per_step, and not both",
+                field=f"{name}.guidance_per_step",
+            )
+    start = check_share(f"{name}.guidance_start", settings.guidance_start)
+    end = check_share(f"{name}.guidance_end", settings.guidance_end)
+    if start > end:
+        raise refused(f"{name}.guidance_start", start, f"at most {name}.guidance_end, which is {end:g}")
+    return LoopSettings(
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        guidance_start=start,
+        guidance_end=end,
+        guidance_per_step=per_step,
+    )
+
+
+def _scales(name: str, scales: Any, most: int) -> tuple[float, ...]:
+    if not isinstance(scales, list | tuple) or not 1 <= len(scales) <= most:
+        raise refused(name, scales, f"a list of 1 to {most} numbers")
+    return tuple(check_scale(name, one) for one in scales)
+
+
+def check_share(name: str, value: Any) -> float:
+    """A number from 0 to 1.
+
+    Raises:
+        RequestError: anything else.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise refused(name, value, "a number from 0 to 1")
+    if not 0 <= value <= 1:
+        raise refused(name, value, "a number from 0 to 1")
+    return float(value)
 
 
 def check_absent(name: str, value: Any, why: str) -> None:

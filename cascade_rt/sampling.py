@@ -40,12 +40,14 @@ class Schedule:
         ratios: ``[T]`` float32 in [0, 1]: the timestep ratio that the network is given.
         x0: ``[T, 2]`` float64: x0 = x0[:, 0] * latents + x0[:, 1] * prediction.
         update: ``[T, 3]`` float64: next latents = latents, prediction and noise weighted by the row.
+        alpha_bar: ``[T + 1]`` float64: the signal's share of the latents before each step, and after the last.
         returns_x0: whether the loop's result is the last x0 rather than the last latents.
     """
 
     ratios: Array
     x0: Float64
     update: Float64
+    alpha_bar: Float64
     returns_x0: bool
 
     def __len__(self) -> int:
@@ -60,8 +62,9 @@ def make_schedule(
     shift: float = 1.0,
     scaler: float = 1.0,
     s: float = COSINE_S,
+    start: float = 1.0,
 ) -> Schedule:
-    """The schedule of a loop from pure noise.
+    """The schedule of a loop from noise, or from latents that were noised to time ``start``.
 
     Args:
         sampler: ``original`` or ``diffusers``.
@@ -70,6 +73,7 @@ def make_schedule(
         shift: ``original`` only: the log-SNR is moved by ``2 ln(1 / shift)``.
         scaler: ``diffusers`` only: warps the ratios.
         s: offset of the cosine schedule.
+        start: time at which the loop begins, above 0 and up to 1, which is pure noise.
 
     Raises:
         RequestError: a name or number that is not accepted.
@@ -80,14 +84,14 @@ def make_schedule(
         accepted = ", ".join(PREDICTION_TYPES)
         raise RequestError(f"prediction type {shown(prediction_type)} is not known; accepted: {accepted}")
     if sampler == "original":
-        return _original(steps, prediction_type, shift, s)
+        return _original(steps, prediction_type, shift, s, start)
     if sampler == "diffusers":
-        return _diffusers(steps, prediction_type, scaler, s)
+        return _diffusers(steps, prediction_type, scaler, s, start)
     raise RequestError(f"sampler {shown(sampler)} is not known; accepted: {', '.join(SAMPLERS)}", field="sampler")
 
 
-def _original(steps: int, prediction_type: PredictionType, shift: float, s: float) -> Schedule:
-    alpha_bar = _cosine_alpha_bar(np.linspace(1.0, 0.0, steps + 1), s)
+def _original(steps: int, prediction_type: PredictionType, shift: float, s: float, start: float) -> Schedule:
+    alpha_bar = _cosine_alpha_bar(np.linspace(start, 0.0, steps + 1), s)
     limits = [math.log(a / (1 - a)) for a in ALPHA_RANGE]
     log_snr = np.clip(np.log(alpha_bar / (1 - alpha_bar)) + 2 * math.log(1 / shift), limits[0], limits[1])
     alpha_bar = 1 / (1 + np.exp(-log_snr))
@@ -97,8 +101,8 @@ def _original(steps: int, prediction_type: PredictionType, shift: float, s: floa
     return _schedule(np.clip(ratios[:-1], 0, 1), alpha_bar, noise, prediction_type, returns_x0=True)
 
 
-def _diffusers(steps: int, prediction_type: PredictionType, scaler: float, s: float) -> Schedule:
-    ratios = _torch_linspace(steps + 1)
+def _diffusers(steps: int, prediction_type: PredictionType, scaler: float, s: float, start: float) -> Schedule:
+    ratios = _torch_linspace(start, steps + 1)
     warped = ratios
     if scaler > 1:
         warped = 1 - (1 - ratios) ** scaler
@@ -108,14 +112,14 @@ def _diffusers(steps: int, prediction_type: PredictionType, scaler: float, s: fl
     return _schedule(ratios[:-1], _cosine_alpha_bar(warped, s), noise, prediction_type, returns_x0=False)
 
 
-def _torch_linspace(count: int) -> Float64:
-    """``torch.linspace(1, 0, count)``, to one unit in the last place: float32, counted from both ends to the middle.
+def _torch_linspace(start: float, count: int) -> Float64:
+    """``torch.linspace(start, 0, count)`` to one unit in the last place: float32, counted from both ends inwards.
 
     The network sees these ratios times 10,000, so that one unit in the last place is one in the embedding's third.
     """
     index = np.arange(count, dtype=np.float32)
-    step = np.float32(-1) / np.float32(count - 1)
-    from_start = np.float32(1) + index * step
+    step = np.float32(-start) / np.float32(count - 1)
+    from_start = np.float32(start) + index * step
     from_end = -(np.float32(count - 1) - index) * step
     return np.where(index < count // 2, from_start, from_end).astype(np.float64)
 
@@ -148,6 +152,7 @@ def _schedule(
         ratios.astype(np.float32),
         np.stack(x0, axis=1),
         np.stack([latents, prediction, sigma * noise], axis=1),
+        alpha_bar,
         returns_x0,
     )
 
@@ -174,6 +179,21 @@ def predict_x0(schedule: Schedule, step: int, latents: Array, prediction: Array)
     """The clean latents that ``prediction`` implies, ``[B, C, H, W]`` float32."""
     a, b = (np.float32(x) for x in schedule.x0[step])
     return a * latents + b * prediction
+
+
+def diffuse(latents: Array, noise: Array, alpha_bar: float) -> Array:
+    """Clean latents with noise: ``sqrt(alpha_bar) * latents + sqrt(1 - alpha_bar) * noise``, float32.
+
+    Matches: ``GDF.diffuse`` of the authors' code.
+    """
+    signal, rest = np.float32(math.sqrt(alpha_bar)), np.float32(math.sqrt(1 - alpha_bar))
+    noised: Array = signal * latents + rest * noise
+    return noised
+
+
+def cosine_alpha_bar(t: float, s: float = COSINE_S) -> float:
+    """The signal's share at time ``t`` of 0..1, without a shift, clamped to `ALPHA_RANGE`."""
+    return float(_cosine_alpha_bar(np.array([t]), s)[0])
 
 
 def guide(conditional: Array, unconditional: Array, scale: float | Array, rescale: float = 0.0) -> Array:
@@ -217,6 +237,7 @@ def timestep_embedding(ratios: Array, dim: int, max_positions: int = 10000) -> A
     exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(max_positions) / (half - 1))
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = (ratios.astype(np.float32) * np.float32(max_positions))[:, None] * frequencies
+    angles = angles.astype(np.float64)  # NumPy's float32 sine differs in the last bit between processors
     columns: list[NDArray[Any]] = [np.sin(angles), np.cos(angles)]
     if dim % 2:
         columns.append(np.zeros((len(ratios), 1)))
