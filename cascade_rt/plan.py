@@ -369,7 +369,7 @@ def _scales(
         elif len(scale) == prompts:
             by_picture = tuple(one for one in scale for _ in range(pictures // prompts))
         else:
-            each = f"1, {prompts} or {pictures}" if prompts != pictures else f"1 or {pictures}"
+            each = f"1, {prompts} or {pictures}" if prompts not in (1, pictures) else f"1 or {pictures}"
             raise RequestError(
                 f"{field}.guidance_scale has {len(scale)} numbers for {pictures} pictures; give {each}",
                 field=f"{field}.guidance_scale",
