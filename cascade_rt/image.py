@@ -30,23 +30,25 @@ def resize_bilinear(x: Array, height: int, width: int) -> Array:
         height: target height.
         width: target width.
 
+    Every number is ``x[low] * (1 - share) + x[high] * share``, two rounded products and their rounded sum, first along
+    the width, then along the height: the C++ kit does the same, so that both give the same bits. A product of matrices
+    would leave the order to the BLAS library.
+
     Returns:
         ``[B, C, height, width]`` float32. Matches: ``torch.nn.functional.interpolate(align_corners=True)``.
     """
-    rows, columns = _corner_weights(x.shape[2], height), _corner_weights(x.shape[3], width)
-    resized: Array = rows @ (x @ columns.T)
+    low, high, share = _corners(x.shape[3], width)
+    wide: Array = x[..., low] * (np.float32(1) - share) + x[..., high] * share
+    low, high, share = _corners(x.shape[2], height)
+    resized: Array = wide[:, :, low] * (np.float32(1) - share)[:, None] + wide[:, :, high] * share[:, None]
     return resized
 
 
-def _corner_weights(source: int, target: int) -> Array:
-    """``[target, source]`` matrix of linear interpolation weights, corners aligned."""
-    position = np.linspace(0, source - 1, target) if target > 1 else np.zeros(1)
+def _corners(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
+    """For each of ``target`` positions, corners aligned: the index below, the index above, the share of the latter."""
+    position = np.arange(target) * ((source - 1) / max(target - 1, 1))
     low = np.minimum(position.astype(np.int64), max(source - 2, 0))
-    weights = np.zeros((target, source))
-    index = np.arange(target)
-    weights[index, low] = 1 - (position - low)
-    weights[index, np.minimum(low + 1, source - 1)] += position - low
-    return weights.astype(np.float32)
+    return low, np.minimum(low + 1, source - 1), (position - low).astype(np.float32)
 
 
 def crop_center(pixels: Array, height: int, width: int) -> Array:

@@ -101,9 +101,18 @@ class TorchCPU:
 def _box_muller_16(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
     """Box-Muller on blocks of sixteen: the first eight give the radius, the last eight the angle."""
     blocks = uniforms.reshape(-1, 2, 8)
-    radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - blocks[:, 0]))
+    radius = np.sqrt(np.float32(-2.0) * _rounded(np.log, np.float32(1.0) - blocks[:, 0]))
     angle = np.float32(2.0 * math.pi) * blocks[:, 1]
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    return np.stack([radius * _rounded(np.cos, angle), radius * _rounded(np.sin, angle)], axis=1).reshape(-1)
+
+
+def _rounded(function: np.ufunc, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A function of float32 numbers, computed in float64 and rounded once.
+
+    NumPy's own float32 functions differ in the last bit from one processor to another, and from the C library's.
+    """
+    result: NDArray[np.float32] = function(x.astype(np.float64)).astype(np.float32)
+    return result
 
 
 class TorchCUDA:
@@ -152,8 +161,8 @@ def _curand_normal4(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
     inverse_2pi = np.float32(2.0**-32 * 2.0 * math.pi)
     u = bits[0::2].astype(np.float32) * inverse + inverse / np.float32(2)
     v = bits[1::2].astype(np.float32) * inverse_2pi + inverse_2pi / np.float32(2)
-    radius = np.sqrt(np.float32(-2.0) * np.log(u))
-    return np.stack([radius * np.sin(v), radius * np.cos(v)], axis=1).reshape(4, -1)
+    radius = np.sqrt(np.float32(-2.0) * _rounded(np.log, u))
+    return np.stack([radius * _rounded(np.sin, v), radius * _rounded(np.cos, v)], axis=1).reshape(4, -1)
 
 
 NOISE_KINDS: dict[NoiseKind, type[TorchCPU] | type[TorchCUDA]] = {"torch-cpu": TorchCPU, "torch-cuda": TorchCUDA}
