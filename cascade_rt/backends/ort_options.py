@@ -30,7 +30,7 @@ CONFIGURATION = (
     *("session.intra_op.allow_spinning", "session.intra_op.spin_duration_us", "session.force_spinning_stop"),
     *("session.intra_op_thread_affinities", "session.dynamic_block_base", "session.set_denormal_as_zero"),
     *("session.disable_prepacking", "session.use_device_allocator_for_initializers", "session.disable_cpu_ep_fallback"),
-    *("session.record_ep_graph_assignment_info", "mlas.enable_gemm_fastmath_arm64_bfloat16"),
+    "session.record_ep_graph_assignment_info",
 )
 """Settings of a session that ``provider_options`` may hold beside the provider's. ONNX Runtime refuses none of another
 name, so that a mistyped one would change nothing, silently."""

@@ -10,15 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from cascade_rt import CascadePipeline, EngineError
-from cascade_rt.backends import open_engine, resolve_provider
-from cascade_rt.backends import openvino as backend
+from cascade_rt.backends import EngineOptions, computes, resolve_provider
 from cascade_rt.bundle import Bundle
-from cascade_rt.sampling import timestep_embedding
+from cascade_rt.manifest import EngineRecord
+from cascade_rt.stages import PRECISIONS, AxisRange, DType, TensorSpec
+from opened import context, open_of
 
 if importlib.util.find_spec("openvino") is None:
     pytest.skip("openvino is not installed: pip install 'cascade-rt[openvino]'", allow_module_level=True)
+
+import openvino
+from openvino import opset8 as ops
+
+from cascade_rt.backends import openvino as backend
+from cascade_rt.backends.openvino import OpenVinoEngine, OpenVinoTensor
 
 
 def test_the_picture_is_the_one_of_onnx_runtime(shipped: Path) -> None:
@@ -34,26 +42,12 @@ def test_the_picture_is_the_one_of_onnx_runtime(shipped: Path) -> None:
     assert made[1].std() > 0.05, "a flat picture would prove nothing"
 
 
-def _context(bundle: Bundle) -> dict[str, Any]:
-    config = bundle.manifest.models["stage_c"].config
-    rng = np.random.default_rng(0)
-    with open_engine(bundle, "stage_c.context", "openvino") as engine:
-        return engine.bind({})(
-            {
-                "timestep_embedding": timestep_embedding(np.array([0.5], np.float32), 32),
-                "clip_text_pooled": rng.standard_normal((1, 1, config["clip_text_pooled_in_channels"]), np.float32),
-                "clip_text": rng.standard_normal((1, 24, config["clip_text_in_channels"]), np.float32),
-                "clip_img": np.zeros((1, 1, config["clip_image_in_channels"]), np.float32),
-            }
-        )
-
-
 def test_context_tensors_outlive_their_engine_and_results_are_owned(bundle: Bundle) -> None:
-    context = _context(bundle)
-    assert all(not isinstance(value, np.ndarray) for value in context.values())
+    constants = context(bundle, "openvino", 0)
+    assert all(not isinstance(value, np.ndarray) for value in constants.values())
     latents = np.random.default_rng(1).standard_normal((1, 16, 6, 6), np.float32)
-    with open_engine(bundle, "stage_c.step", "openvino", threads=1) as engine:
-        run = engine.bind(context)
+    with open_of(bundle, "stage_c.step", "openvino") as engine:
+        run = engine.bind(constants)
         first = run({"latents": latents, "step": np.array([0])})["prediction"]
         assert isinstance(first, np.ndarray)
         kept = first.copy()
@@ -65,32 +59,35 @@ def test_context_tensors_outlive_their_engine_and_results_are_owned(bundle: Bund
 
 
 def test_wrong_calls_are_refused(bundle: Bundle) -> None:
-    context = _context(bundle)
-    engine = open_engine(bundle, "stage_c.step", "openvino")
+    constants = context(bundle, "openvino", 0)
+    engine = open_of(bundle, "stage_c.step", "openvino")
     with pytest.raises(EngineError, match="float64"):
-        engine.bind(context)({"latents": np.zeros((1, 16, 6, 6)), "step": np.array([0])})
+        engine.bind(constants)({"latents": np.zeros((1, 16, 6, 6)), "step": np.array([0])})
     engine.close()
     engine.close()
     with pytest.raises(EngineError, match="was closed"):
-        engine.bind(context)({"latents": np.zeros((1, 16, 6, 6), np.float32), "step": np.array([0])})
+        engine.bind(constants)({"latents": np.zeros((1, 16, 6, 6), np.float32), "step": np.array([0])})
 
 
 def test_tensors_of_another_runtime_are_refused(bundle: Bundle) -> None:
-    with open_engine(bundle, "stage_c.step", "openvino") as step, pytest.raises(EngineError, match="another runtime"):
+    with open_of(bundle, "stage_c.step", "openvino") as step, pytest.raises(EngineError, match="another runtime"):
         step.bind({"modulation": np.zeros((1, 4), np.float32)})  # type: ignore[dict-item]
 
 
 def test_a_precision_that_the_processor_lacks_is_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    import openvino
 
     class OldCore(openvino.Core):  # type: ignore[misc]
         def get_property(self, *_: str) -> Any:
             return ["INT8"]
 
+    record = bundle.engine("text_encoder")
     monkeypatch.setattr(openvino, "Core", OldCore)
     with pytest.raises(EngineError, match="does not compute under OpenVINO") as error:
-        open_engine(bundle, "text_encoder", "openvino")
+        OpenVinoEngine(record, bundle.path / record.file, EngineOptions())
     assert "--provider cpu" in str(error.value)
+    assert computes("openvino") == ()
+    with pytest.raises(EngineError, match=r"which provider openvino does not compute here.*--provider cpu"):
+        open_of(bundle, "text_encoder", "openvino")
 
 
 def test_the_provider_is_known() -> None:
@@ -106,7 +103,6 @@ def _is_weight(node: Any) -> bool:
 
 def test_unit_factors_go_and_nothing_else_changes(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO multiplies every weight with Gemm's alpha, which is 1, and keeps the products."""
-    import openvino
 
     def products(model: Any) -> int:
         return sum(op.get_type_name() == "Multiply" for op in model.get_ops())
@@ -122,11 +118,11 @@ def test_unit_factors_go_and_nothing_else_changes(bundle: Bundle, monkeypatch: p
     assert products(model) == again > 20, "other products stay"
 
     def prediction() -> Any:
-        with open_engine(bundle, "stage_c.step", "openvino") as engine:
+        with open_of(bundle, "stage_c.step", "openvino") as engine:
             latents = np.random.default_rng(1).standard_normal((1, 16, 6, 6), np.float32)
-            return engine.bind(context)({"latents": latents, "step": np.array([0])})["prediction"]
+            return engine.bind(constants)({"latents": latents, "step": np.array([0])})["prediction"]
 
-    context = _context(bundle)
+    constants = context(bundle, "openvino", 0)
     without = prediction()
     monkeypatch.setattr(backend, "_drop_unit_factors", lambda model: None)
     assert np.abs(without - prediction()).max() < 1e-5 * np.abs(without).max()
@@ -135,8 +131,6 @@ def test_unit_factors_go_and_nothing_else_changes(bundle: Bundle, monkeypatch: p
 @pytest.mark.parametrize(("value", "dropped"), [(1.0, True), (0.5, False), (-1.0, False)])
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 def test_only_a_scalar_one_is_a_unit_factor(dtype: str, value: float, dropped: bool) -> None:
-    import openvino
-    from openvino import opset8 as ops
     from openvino.passes import ConstantFolding, Manager
 
     kind = getattr(openvino.Type, dtype)
@@ -152,6 +146,140 @@ def test_only_a_scalar_one_is_a_unit_factor(dtype: str, value: float, dropped: b
         assert left != expected
 
 
+# --- rows, half precision, options ---------------------------------------------
+
+HALVES: list[tuple[DType, str]] = [("float16", "f16"), ("bfloat16", "bf16"), ("float32", "f32")]
+
+
+def half_graphs(folder: Path, dtype: DType, kind: str) -> dict[str, EngineRecord]:
+    """``kv = 2 * clip_text`` in a half precision, and ``prediction = latents + kv``, as OpenVINO's own files."""
+    element = getattr(openvino.Type, kind)
+    text = ops.parameter([-1, 4], openvino.Type.f32, name="clip_text")
+    doubled = ops.convert(ops.multiply(text, ops.constant(np.float32(2))), element)
+    save(folder / "stage_c.context.xml", {"kv": doubled}, {"clip_text": text})
+    latents = ops.parameter([-1, 4], openvino.Type.f32, name="latents")
+    kv = ops.parameter([-1, 4], element, name="kv")
+    added = ops.add(latents, ops.convert(kv, openvino.Type.f32))
+    save(folder / "stage_c.step.xml", {"prediction": added}, {"latents": latents, "kv": kv})
+
+    def tensor(name: str, of: DType, constant: bool = False) -> TensorSpec:
+        return TensorSpec(name=name, dtype=of, axes=("batch", 4), constant=constant)
+
+    def record(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> EngineRecord:
+        return EngineRecord(
+            name=name,
+            precision=next(p for p in PRECISIONS.values() if p.compute == dtype),
+            runtime="onnx",
+            file=f"{name}.xml",
+            weights=(),
+            inputs=inputs,
+            outputs=outputs,
+            ranges={"batch": AxisRange(min=1, opt=2, max=8)},
+            tools={},
+        )
+
+    held = tensor("kv", dtype, constant=True)
+    return {
+        "context": record("stage_c.context", (tensor("clip_text", "float32"),), (held,)),
+        "step": record("stage_c.step", (tensor("latents", "float32"), held), (tensor("prediction", "float32"),)),
+    }
+
+
+def save(path: Path, outputs: dict[str, Any], inputs: dict[str, Any]) -> None:
+    results = []
+    for name, node in outputs.items():
+        node.output(0).get_tensor().set_names({name})
+        results.append(ops.result(node))
+    for name, node in inputs.items():
+        node.output(0).get_tensor().set_names({name})
+    openvino.save_model(openvino.Model(results, list(inputs.values())), path, compress_to_fp16=False)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), HALVES)
+def test_rows_of_two_requests_share_a_call(tmp_path: Path, dtype: DType, kind: str) -> None:
+    if dtype not in computes("openvino"):
+        pytest.skip(f"this processor does not compute {dtype} under OpenVINO")
+    records = half_graphs(tmp_path, dtype, kind)
+    texts = [np.arange(4 * n, dtype=np.float32).reshape(n, 4) + n for n in (1, 2)]
+    with OpenVinoEngine(records["context"], tmp_path / "stage_c.context.xml", EngineOptions(threads=1)) as engine:
+        made = [engine.bind({})({"clip_text": text})["kv"] for text in texts]
+    assert all(isinstance(tensor, OpenVinoTensor) and tensor.dtype == dtype for tensor in made)
+    latents = np.full((3, 4), 0.25, np.float32)
+    with OpenVinoEngine(records["step"], tmp_path / "stage_c.step.xml", EngineOptions(threads=1)) as engine:
+        joined = engine.join(made)  # type: ignore[arg-type]
+        assert (joined.shape, joined.dtype) == ((3, 4), dtype)
+        whole = engine.bind({"kv": joined})({"latents": latents})["prediction"]
+        np.testing.assert_array_equal(whole, 2 * np.concatenate(texts) + latents)
+        cut = engine.bind({"kv": engine.rows(joined, 1, 3)})({"latents": latents[1:]})["prediction"]
+        np.testing.assert_array_equal(cut, whole[1:])  # type: ignore[index]
+
+
+def test_bits_of_bfloat16_stay_as_they_are() -> None:
+    """NumPy has no bfloat16, and OpenVINO shows it as another type: NaN, infinities and denormals must survive."""
+    rng = np.random.default_rng(0)
+    bits = [rng.integers(0, 2**16, (n, 3), np.uint16) for n in (2, 5)]
+    tensors = [OpenVinoTensor(openvino.Tensor(b, list(b.shape), openvino.Type.bf16)) for b in bits]
+    engine = OpenVinoEngine.__new__(OpenVinoEngine)
+    joined = engine.join(tensors)
+    assert joined.dtype == "bfloat16"
+    np.testing.assert_array_equal(joined.value.data.view(np.uint16), np.concatenate(bits))
+    some = engine.rows(joined, 1, 4)
+    np.testing.assert_array_equal(some.value.data.view(np.uint16), np.concatenate(bits)[1:4])
+
+
+def test_rows_that_do_not_fit_are_refused(bundle: Bundle) -> None:
+    made = context(bundle, "openvino", 1)
+    with open_of(bundle, "stage_c.step", "openvino") as engine:
+        half = OpenVinoTensor(openvino.Tensor(openvino.Type.f16, list(made["kv_0"].shape)))
+        for call, message in (
+            (lambda: engine.join([made["kv_0"], made["modulation"]]), "cannot be joined"),
+            (lambda: engine.join([made["kv_0"], half]), "cannot be joined"),
+            (lambda: engine.join([]), "at least one"),
+            (lambda: engine.rows(made["kv_0"], 0, 2), "has no rows 0 to 2"),
+            (lambda: engine.join([np.zeros((1, 2))]), "another runtime than OpenVINO"),  # type: ignore[list-item]
+        ):
+            with pytest.raises(EngineError, match=message):
+                call()
+
+
+def test_outputs_are_what_the_formulas_say(tmp_path: Path) -> None:
+    records = half_graphs(tmp_path, "float32", "f32")
+    feeds = {"clip_text": np.zeros((2, 4), np.float32)}
+    for output, message in (
+        (replace(records["context"].outputs[0], axes=("batch", 5)), r"kv has shape \(2, 4\)"),
+        (replace(records["context"].outputs[0], dtype="float16"), "returned kv as float32; it must be float16"),
+    ):
+        record = replace(records["context"], outputs=(output,))
+        with (
+            OpenVinoEngine(record, tmp_path / "stage_c.context.xml", EngineOptions()) as engine,
+            pytest.raises(EngineError, match=message),
+        ):
+            engine.bind({})(feeds)
+
+
+def test_a_callers_options_reach_openvino(bundle: Bundle) -> None:
+    engine = open_of(bundle, "stage_a.decode", "openvino", provider_options={"ENABLE_CPU_PINNING": "NO"})
+    assert isinstance(engine, OpenVinoEngine)
+    assert not engine.compiled.get_property("ENABLE_CPU_PINNING")
+    assert engine.compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    engine.close()
+    with pytest.raises(EngineError, match=r"provider openvino has no option FOO; accepted: .*NUM_STREAMS"):
+        open_of(bundle, "stage_a.decode", "openvino", provider_options={"FOO": "1"})
+    with pytest.raises(EngineError, match=r"cannot be compiled by OpenVINO: .*PERFORMANCE_HINT"):
+        open_of(bundle, "stage_a.decode", "openvino", provider_options={"PERFORMANCE_HINT": "nonsense"})
+
+
+def test_memory_that_runs_out_is_said(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def create_infer_request(self) -> Any:
+            raise MemoryError("std::bad_alloc")
+
+    with open_of(bundle, "stage_a.decode", "openvino") as engine:
+        monkeypatch.setattr(engine, "_compiled", Full())
+        with pytest.raises(EngineError, match=r"not enough memory .*--low-memory, or a smaller size or batch"):
+            engine.bind({})({"latents": np.zeros((1, 4, 16, 16), np.float32)})
+
+
 def test_auto_does_not_import_it() -> None:
     """Its import takes longer than a small model does, and `auto` mostly ends with another provider."""
     pytest.importorskip("onnxruntime")
@@ -161,8 +289,6 @@ def test_auto_does_not_import_it() -> None:
 
 
 def test_a_unit_factor_goes_from_either_side_and_names_stay() -> None:
-    import openvino
-    from openvino import opset8 as ops
 
     x = ops.parameter([2, 3], openvino.Type.f32, name="x")
     one = ops.constant(np.float32(1))
