@@ -190,6 +190,52 @@ class Runner:
                 texts = embed(planned, given, self.encode)
             return self._decode(planned, given, embeddings, texts, noise, end, timings)
 
+    def begin_prior(self, planned: Plan, given: Tensors, texts: Embeddings, noise: Noise) -> tuple[Denoising, Context]:
+        """Stage C's loop at its beginning, and what its step engine is told beside the latents.
+
+        Args:
+            planned: a plan that has Stage C's loop.
+            given: the arrays that it was planned with.
+            texts: of every picture.
+            noise: initial latents are drawn from it where none are given.
+        """
+        loop = planned.prior
+        assert loop is not None  # a plan with this part has it
+        assert texts.prompt is not None
+        denoising = _begin(loop, given.latents, noise)
+        image_dim = self.engines.record("stage_c.context").spec.tensor("clip_img").axes[2]
+        assert isinstance(image_dim, int)  # a number of the checkpoint
+        images = np.zeros((1, 1, image_dim), np.float32) if given.image_embeds is None else given.image_embeds
+        clip_img = np.repeat(images, planned.pictures, axis=0)
+        conditions = {
+            "clip_text": denoising.with_negative(texts.prompt, texts.negative),
+            "clip_text_pooled": denoising.with_negative(texts.pooled, texts.negative_pooled),
+            "clip_img": denoising.with_negative(clip_img, np.zeros_like(clip_img)),
+        }
+        return denoising, self._context(loop, conditions)
+
+    def begin_decoder(
+        self, planned: Plan, given: Tensors, image_embeddings: Array, texts: Embeddings, noise: Noise
+    ) -> tuple[Denoising, Context]:
+        """Stage B's loop at its beginning; arguments as in `begin_prior`.
+
+        Args:
+            image_embeddings: ``[B, 16, h, w]`` float32, one a picture; resized to Stage B's grid here.
+        """
+        loop = planned.decoder
+        assert loop is not None  # a plan with this part has it
+        denoising = _begin(loop, given.decoder_latents, noise)
+        # Stage B's grid: what the context engine's formulas give for the size of the latents
+        spec = self.engines.record("stage_b.context").spec
+        sizes = {"batch": planned.pictures, "height": loop.latents[2], "width": loop.latents[3]}
+        resized = resize_bilinear(image_embeddings, *spec.tensor("effnet").shape(sizes)[2:])
+        effnet = np.ascontiguousarray(resized)
+        conditions = {
+            "clip_text_pooled": denoising.with_negative(texts.pooled, texts.negative_pooled),
+            "effnet": denoising.with_negative(effnet, np.zeros_like(effnet)),
+        }
+        return denoising, self._context(loop, conditions)
+
     def _prior(
         self,
         planned: Plan,
@@ -202,19 +248,9 @@ class Runner:
         """Stage C: embeddings -> ``[B, 16, h, w]`` float32."""
         loop = planned.prior
         assert loop is not None  # a plan with this part has it
-        assert texts.prompt is not None
         with self.timed(timings, "stage_c"):
-            denoising = self._begin(loop, given.latents, noise)
-            image_dim = self.engines.record("stage_c.context").spec.tensor("clip_img").axes[2]
-            assert isinstance(image_dim, int)  # a number of the checkpoint
-            images = np.zeros((1, 1, image_dim), np.float32) if given.image_embeds is None else given.image_embeds
-            clip_img = np.repeat(images, planned.pictures, axis=0)
-            conditions = {
-                "clip_text": denoising.with_negative(texts.prompt, texts.negative),
-                "clip_text_pooled": denoising.with_negative(texts.pooled, texts.negative_pooled),
-                "clip_img": denoising.with_negative(clip_img, np.zeros_like(clip_img)),
-            }
-            return self._denoise(loop, denoising, conditions, end)
+            denoising, context = self.begin_prior(planned, given, texts, noise)
+            return self._denoise(loop, denoising, context, end)
 
     def _decode(
         self,
@@ -230,37 +266,17 @@ class Runner:
         loop = planned.decoder
         assert loop is not None  # a plan with this part has it
         with self.timed(timings, "stage_b"):
-            denoising = self._begin(loop, given.decoder_latents, noise)
-            # Stage B's grid: what the context engine's formulas give for the size of the latents
-            spec = self.engines.record("stage_b.context").spec
-            sizes = {"batch": planned.pictures, "height": loop.latents[2], "width": loop.latents[3]}
-            effnet = resize_bilinear(image_embeddings, *spec.tensor("effnet").shape(sizes)[2:])
-            conditions = {
-                "clip_text_pooled": denoising.with_negative(texts.pooled, texts.negative_pooled),
-                "effnet": denoising.with_negative(effnet, np.zeros_like(effnet)),
-            }
-            result = self._denoise(loop, denoising, conditions, end)
+            denoising, context = self.begin_decoder(planned, given, image_embeddings, texts, noise)
+            result = self._denoise(loop, denoising, context, end)
         if planned.request.output_type == "latent":
             return CascadeOutput(result, seeds=planned.seeds, timings=timings)
         with self.timed(timings, "stage_a"):
-            pixels = self._pixels(result * np.float32(planned.latent_scale), planned.sizes.picture)
+            pixels = self.pixels(result * np.float32(planned.latent_scale), planned.sizes.picture)
             images = pixels if planned.request.output_type == "np" else to_pil(pixels)
         return CascadeOutput(images, seeds=planned.seeds, timings=timings)
 
-    def _begin(self, loop: LoopPlan, latents: Array | None, noise: Noise) -> Denoising:
-        """A loop at its beginning; initial latents are drawn only where none are given."""
-        return Denoising(
-            schedule=loop.schedule,
-            latents=noise.normal(loop.latents) if latents is None else latents,
-            noise=noise,
-            scales=loop.scales,
-            rescale=loop.rescale,
-            name=loop.stage,
-        )
-
-    def _denoise(self, loop: LoopPlan, denoising: Denoising, conditions: Mapping[str, Array], end: StepEnd) -> Array:
+    def _denoise(self, loop: LoopPlan, denoising: Denoising, context: Context, end: StepEnd) -> Array:
         """A denoiser's loop: ``[B, C, H, W]`` float32."""
-        context = self._context(loop, conditions)
         with self.engines.engine(f"{loop.stage}.step") as engine:
             batch = StepBatch(engine, [(denoising, context)])
             for _ in self._with_bar(range(len(loop.schedule)), f"stage {loop.stage[-1]}"):
@@ -279,7 +295,7 @@ class Runner:
             outputs = engine.bind({})(feeds)
         return {name: value for name, value in outputs.items() if not isinstance(value, np.ndarray)}
 
-    def _pixels(self, latents: Array, size: tuple[int, int]) -> Array:
+    def pixels(self, latents: Array, size: tuple[int, int]) -> Array:
         """Scaled latents -> ``[B, H, W, 3]`` float32 in 0..1, cropped to (height, width).
 
         Raises:
@@ -307,6 +323,18 @@ class Runner:
 
         bar: Iterable[int] = tqdm(steps, desc=label, leave=False, **self.bar)
         return bar
+
+
+def _begin(loop: LoopPlan, latents: Array | None, noise: Noise) -> Denoising:
+    """A loop at its beginning; initial latents are drawn only where none are given."""
+    return Denoising(
+        schedule=loop.schedule,
+        latents=noise.normal(loop.latents) if latents is None else latents,
+        noise=noise,
+        scales=loop.scales,
+        rescale=loop.rescale,
+        name=loop.stage,
+    )
 
 
 def _tell(end: StepEnd, denoising: Denoising, step: Step, ratio: float) -> None:
