@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cascade_rt.errors import CheckpointError, shown
+from cascade_rt.schema import validated
 from cascade_rt.stages import EngineSpec
 
 from . import keys, samples
@@ -77,6 +79,13 @@ class Component:
     lite_root_files: tuple[str, ...] = ()
 
 
+class _ClassNames(msgspec.Struct, frozen=True, kw_only=True):
+    """How diffusers and transformers note the class of a model."""
+
+    class_name: str | None = msgspec.field(name="_class_name", default=None)
+    architectures: list[str] | None = None
+
+
 def component_of(name: str) -> Component:
     """The row of a component.
 
@@ -109,6 +118,7 @@ def check_config(name: str, config: Config, where: str) -> None:
     Raises:
         CheckpointError: it does not.
     """
+    validated(dict(config), _ClassNames, where, CheckpointError)
     try:
         component_of(name).dims(config)
     except CheckpointError as error:

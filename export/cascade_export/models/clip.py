@@ -32,7 +32,7 @@ class TextEncoderConfig:
     pad_token_id: TokenId = 1
     eos_token_id: TokenId = 49407
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse fields that contradict each other.
 
         Raises:
@@ -67,7 +67,7 @@ class ImageEncoderConfig:
     hidden_act: Annotated[str, Meta(max_length=40)] = "quick_gelu"
     layer_norm_eps: Epsilon = 1e-5
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse fields that contradict each other.
 
         Raises:

@@ -60,7 +60,7 @@ class DenoiserConfig:
     )
     switch_level: tuple[bool, ...] | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse fields that contradict each other.
 
         Raises:

@@ -51,7 +51,7 @@ class EffNetConfig:
     last_channels: Channels = 1280
     latent_channels: Channels = 16
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what does not give the latents of Stage C.
 
         Raises:

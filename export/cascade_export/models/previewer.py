@@ -22,7 +22,7 @@ class PreviewerConfig:
     in_channels: Channels = 16
     hidden: Channels = 512
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse a width that cannot be halved twice.
 
         Raises:

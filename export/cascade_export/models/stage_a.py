@@ -33,7 +33,7 @@ class StageAConfig:
     num_vq_embeddings: Words = 8192
     scale_factor: Annotated[float, Meta(gt=0, le=1e6)] = 0.3764
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse fields that contradict each other.
 
         Raises:
