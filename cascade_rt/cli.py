@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -12,6 +13,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from . import __version__
 from .backends import PROVIDERS
@@ -23,8 +26,9 @@ from .image import FORMATS, encode_picture, read_request
 from .manifest import MANIFEST, Figures
 from .noise import MAX_SEED
 from .outputs import CascadeOutput
+from .pictures import encoder_pixels, open_picture
 from .pipeline import CascadePipeline
-from .request import LoopSettings, Request, check_integer, check_pictures, given_or, new_seeds
+from .request import ImagePrompt, LoopSettings, Request, check_integer, check_pictures, given_or, new_seeds
 from .sampling import SAMPLERS
 
 RUN_EXAMPLES = """examples:
@@ -32,6 +36,9 @@ RUN_EXAMPLES = """examples:
   cascade-run "an astronaut riding a horse" --bundle cascade-big --size 1536x1024 --provider cuda
   cascade-run "a blue star" --images 4 -o star.png --json
   cascade-run --from star-2.png --steps 30 -o finer.png
+  cascade-run --image photo.jpg:0.8 "in winter" -o winter.png
+  cascade-run "a green star" --init circle.png --strength 0.7 -o star.png
+  cascade-run --reconstruct circle.png -o again.png
 """
 INFO_EXAMPLES = """examples:
   cascade-info
@@ -48,6 +55,16 @@ def run_parser() -> argparse.ArgumentParser:
     endings = ", ".join(FORMATS)
     add("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE", help=f"{endings} (default: out.png)")
     add("--from", dest="source", type=Path, metavar="PICTURE", help="make it again; other flags change the request")
+    add("--image", action="append", default=[], metavar="FILE[:WEIGHT]", help="picture to vary; repeatable")
+    add("--init", metavar="FILE", help="picture to begin from")
+    add(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="0..1, how much of it is drawn anew (default: 0.8, or 1 with --mask)",
+    )
+    add("--mask", metavar="FILE", help="white where the picture of --init is drawn anew; black is kept")
+    add("--reconstruct", metavar="FILE", help="encode a picture and decode it again, and print the PSNR")
     add("--seed", type=int, metavar="N", help="0..2**64-1 (default: a new one); further pictures have N+1, N+2, ...")
     add("--size", metavar="WxH", help="pixels, 64..4096 each (default: the bundle's)")
     add("--steps", type=int, metavar="N", help="Stage C steps")
@@ -89,15 +106,18 @@ def generate(args: argparse.Namespace) -> None:
         out = pipe.run(request)
         facts = {"bundle": pipe.bundle.name, "provider": pipe.provider, "software": f"cascade-rt {__version__}"}
     files = write_pictures(out, planned.request, args.output, facts)
+    psnr = None if args.reconstruct is None else reconstruction_psnr(args.reconstruct, out)
     seconds = {name: round(value, 4) for name, value in out.timings.items()}
     seconds["total"] = round(time.perf_counter() - started, 4)
     if args.json:
         width, height = out.images[0].size
         report = {**_told(planned.request), **facts, "width": width, "height": height, "files": files}
-        print(json.dumps({**report, "seconds": seconds}))
+        print(json.dumps({**report, **({} if psnr is None else {"psnr": psnr}), "seconds": seconds}))
         return
     for file in files:
         print(file)
+    if psnr is not None:
+        print(f"PSNR of the round trip: {psnr:.2f} dB")
     print("  ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
 
 
@@ -107,7 +127,10 @@ def requested(args: argparse.Namespace) -> Request:
     Raises:
         RequestError: a value that is not accepted, or neither a prompt nor a picture to make again.
     """
-    if args.source is None and args.prompt is None:
+    if args.reconstruct is not None and (args.init is not None or args.source is not None):
+        raise RequestError("--reconstruct stands alone; leave --init and --from out")
+    init = args.reconstruct if args.reconstruct is not None else args.init
+    if args.source is None and args.prompt is None and init is None and not args.image:
         raise RequestError("there is no prompt; write what to draw, for example: cascade-run 'a red circle'")
     base = Request() if args.source is None else Request.from_json(read_request(args.source))
     width, height = parse_size(args.size)
@@ -127,9 +150,21 @@ def requested(args: argparse.Namespace) -> Request:
         num_images_per_prompt=len(seeds),
         seeds=seeds,
         sampler=given_or(args.sampler, base.sampler),
+        images=tuple(map(parse_image, args.image)) or base.images,
+        init_image=given_or(init, base.init_image),
+        strength=0.0 if args.reconstruct is not None else given_or(args.strength, base.strength),
+        mask_image=given_or(args.mask, base.mask_image),
         prior=_loop(base.prior, args.steps, args.guidance),
         decoder=_loop(base.decoder, args.decoder_steps, args.decoder_guidance),
     )
+
+
+def reconstruction_psnr(source: str, out: CascadeOutput) -> float:
+    """PSNR in dB (peak 1) between a picture, cut and resized to what was made, and what was made of it."""
+    made = np.asarray(out.images[0], dtype=np.float64) / 255
+    wanted = encoder_pixels(open_picture("--reconstruct", source), *made.shape[:2])[0].transpose(1, 2, 0)
+    error = float(np.mean((made - wanted) ** 2))
+    return round(-10 * math.log10(max(error, 1e-12)), 4)
 
 
 def _loop(base: LoopSettings, steps: int | None, scale: float | None) -> LoopSettings:
@@ -137,6 +172,24 @@ def _loop(base: LoopSettings, steps: int | None, scale: float | None) -> LoopSet
         num_inference_steps=given_or(steps, base.num_inference_steps),
         guidance_scale=given_or(scale, base.guidance_scale),
     )
+
+
+def parse_image(text: str) -> ImagePrompt:
+    """``FILE`` or ``FILE:WEIGHT``.
+
+    Raises:
+        RequestError: the weight is no finite number.
+    """
+    head, colon, tail = text.rpartition(":")
+    if not colon or os.path.isfile(text):
+        return ImagePrompt(image=text)
+    try:
+        weight = float(tail)
+    except ValueError:
+        raise RequestError(
+            f"--image {shown(text)}: {shown(tail)} is no weight; write FILE or FILE:WEIGHT, for example photo.jpg:0.8"
+        ) from None
+    return ImagePrompt(image=head, weight=weight)
 
 
 def check_output(path: Path) -> None:

@@ -22,19 +22,29 @@ RunEngine = Callable[[str, Mapping[str, NDArray[Any]]], Mapping[str, Value]]
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """Text embeddings, one row a picture; the negative ones are None where no picture is guided.
+    """What the encoders made of a request. Texts have one row a picture; None stands for what there is not.
 
     Attributes:
         prompt: ``[B, L, E]`` float32, hidden states; None where only the decoder will use them.
         pooled: ``[B, 1, P]`` float32.
         negative: like ``prompt``.
         negative_pooled: like ``pooled``.
+        images: ``[1, n, I]`` float32, CLIP embeddings of the pictures to vary.
+        init: ``[1, 16, h, w]`` float32, latents of the picture that is begun from.
+        init_free: ``[1, 1, h, w]`` float32, 1 where they are drawn anew; None: everywhere.
+        decoder_init: ``[1, 4, H, W]`` float32, the same picture as Stage B's latents, where a mask keeps a part.
+        decoder_free: ``[1, 1, H, W]`` float32, the mask on their grid.
     """
 
     prompt: Array | None
     pooled: Array
     negative: Array | None = None
     negative_pooled: Array | None = None
+    images: Array | None = None
+    init: Array | None = None
+    init_free: Array | None = None
+    decoder_init: Array | None = None
+    decoder_free: Array | None = None
 
 
 def host(outputs: Mapping[str, Value], name: str) -> Array:
@@ -58,7 +68,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PromptTokenizer, run: RunEngin
     return host(out, "hidden_states")[rows], host(out, "pooled")[rows]
 
 
-def embed(planned: Plan, given: Tensors, encode: Callable[[Sequence[str]], tuple[Array, Array]]) -> Embeddings:
+def embed_texts(planned: Plan, given: Tensors, encode: Callable[[Sequence[str]], tuple[Array, Array]]) -> Embeddings:
     """The text embeddings of every picture.
 
     Args:
@@ -68,6 +78,8 @@ def embed(planned: Plan, given: Tensors, encode: Callable[[Sequence[str]], tuple
     """
     request = planned.request
     prompts = list(request.prompts or ())
+    if not prompts and given.prompt_embeds_pooled is None:
+        prompts = [""]  # beside pictures
     count = len(prompts) or len(given.prompt_embeds_pooled)
     unwanted: list[str] = []
     if planned.needs_negative and given.negative_prompt_embeds is None:

@@ -95,6 +95,7 @@ class DecoderPipeline:
             image_embeddings=image_embeddings,
             decoder_latents=latents,
         )
+        given = self._runner.gather(request, given)
         planned = self._runner.plan(request, given, "decoder")
         with self._runner.turn():
             end = StepEnd(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))

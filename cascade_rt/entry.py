@@ -20,6 +20,9 @@ FLAGS = {
     "prior.guidance_scale": "--guidance",
     "decoder.num_inference_steps": "--decoder-steps",
     "decoder.guidance_scale": "--decoder-guidance",
+    "init_image": "--init",
+    "strength": "--strength",
+    "mask_image": "--mask",
 }
 """Field of a `Request` -> what the command line calls it."""
 

@@ -6,11 +6,10 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from .errors import RequestError, plain, shortened
 from .files import MIB, name_of, read_bounded
@@ -111,45 +110,4 @@ def read_request(path: Path) -> str:
         raise RequestError(f"{name_of(path)} cannot be read as a picture: {shortened(plain(str(error)))}") from None
     if not isinstance(text, str):
         raise RequestError(f"{name_of(path)} carries no request of cascade-rt; name a picture that cascade-run made")
-    return text
-
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def clip_pixels(name: str, picture: Any, side: int) -> Array:
-    """A picture as CLIP's image encoder takes it.
-
-    The short side is resized to ``side`` (bicubic, antialiased), the middle is cut out, and the values are normalised.
-    Rotation that a camera noted (EXIF) is applied; transparent pixels become white.
-
-    Args:
-        name: what the caller calls it, for messages.
-        picture: a PIL image.
-        side: of the encoder's input.
-
-    Returns:
-        ``[3, side, side]`` float32. Matches: transformers' ``CLIPImageProcessor``.
-
-    Raises:
-        RequestError: it is no picture, or cannot be read.
-    """
-    if not isinstance(picture, Image.Image):
-        raise RequestError(f"{name} is of type {type(picture).__name__}; it must be a PIL image", field="images")
-    try:
-        upright = ImageOps.exif_transpose(picture)
-        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-            seen = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-        whole = upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{name} cannot be read: {shortened(plain(str(error)))}", field="images") from None
-    short = min(whole.size)
-    width, height = (side if length == short else int(side * length / short) for length in whole.size)
-    resized = whole.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - side) // 2, (height - side) // 2
-    values = np.asarray(resized.crop((left, top, left + side, top + side)), dtype=np.float32) / np.float32(255)
-    mean, std = (np.array(row, dtype=np.float32) for row in (CLIP_MEAN, CLIP_STD))
-    normalised = (values - mean) / std
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+    return str(text)  # Pillow's own kind of string, which a JSON reader does not take

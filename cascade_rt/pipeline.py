@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from .backends.base import EngineOptions
 from .bundle import Bundle, find_bundle
@@ -21,9 +22,10 @@ from .decoder import DecoderPipeline
 from .errors import refused
 from .noise import NoiseKind
 from .outputs import CascadeOutput
+from .pictures import open_mask, open_picture, pictures_to_vary
 from .plan import Plan
 from .prior import PriorPipeline
-from .request import LoopSettings, Prompt, Request, Tensors, seeds_and_noise
+from .request import LoopSettings, Prompt, Request, Tensors, as_array, seeds_and_noise
 from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
 
@@ -110,6 +112,44 @@ class CascadePipeline:
             outputs = self._runner.engines.call(name, feeds)
         return {key: value for key, value in outputs.items() if isinstance(value, np.ndarray)}
 
+    def encode(self, image: Any, height: int | None = None, width: int | None = None) -> NDArray[np.float32]:
+        """The semantic latents of a picture: what Stage C would make of it.
+
+        Args:
+            image: a PIL image or a path.
+            height: pixels that the latents shall stand for; None: the bundle's short side and the picture's aspect.
+            width: likewise.
+
+        Returns:
+            ``[1, 16, h, w]`` float32.
+
+        Raises:
+            RequestError: it is no picture, or a size that is not accepted.
+            BundleError: the bundle has no semantic encoder.
+        """
+        request = Request(prompt="", height=height, width=width, strength=0.0)
+        given = Tensors(init_image=open_picture("image", image))
+        planned = self._runner.plan(request, given, "prior")
+        with self._runner.turn():
+            out = self._runner.prior(planned, given, StepEnd(self.prior))
+        return out.image_embeddings
+
+    def decode(self, latents: Any, prompt: str = "", **options: Any) -> Image:
+        """A picture of semantic latents.
+
+        Args:
+            latents: ``[1, 16, h, w]`` or ``[16, h, w]``, from `encode` or the prior.
+            prompt: what Stage B is told.
+            options: of `decoder`: ``seed``, ``num_inference_steps``, ``guidance_scale``, ``sampler``, ``height`` ...
+        """
+        found = as_array("latents", latents, (None,) * np.ndim(latents))
+        several = found[None] if found.ndim == 3 else found
+        if len(several) != 1:
+            raise refused("latents", found.shape, "of one picture; `decoder` takes several")
+        out: CascadeOutput = self.decoder(several, prompt, **options)
+        image: Image = out.images[0]  # type: ignore[assignment]  # PIL unless the options ask for arrays
+        return image
+
     def interrupt(self) -> None:
         """Stop the request that runs now before its next step; it raises `GenerationInterrupted`.
 
@@ -138,7 +178,7 @@ class CascadePipeline:
         """
         if not isinstance(request, Request):
             raise refused("request", request, "a cascade_rt.Request")
-        return self._runner.plan(request, Tensors(), "picture")
+        return self._runner.plan(request, self._runner.gather(request, Tensors()), "picture")
 
     def run(self, request: Request) -> CascadeOutput:
         """Make what a request asks for.
@@ -154,9 +194,10 @@ class CascadePipeline:
         return self._run(request, Tensors(), StepEnd(self.prior), StepEnd(self.decoder))
 
     def _run(self, request: Request, given: Tensors, prior_end: StepEnd, end: StepEnd) -> CascadeOutput:
-        planned = self._runner.plan(request, given, "picture")
+        found = self._runner.gather(request, given)
+        planned = self._runner.plan(request, found, "picture")
         with self._runner.turn():
-            return self._runner.picture(planned, given, prior_end, end)
+            return self._runner.picture(planned, found, prior_end, end)
 
     def __call__(
         self,
@@ -187,12 +228,16 @@ class CascadePipeline:
         noise: NoiseKind | None = None,
         sampler: SamplerName | None = None,
         image_embeds: Any = None,
+        init_image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
     ) -> Any:
         """Make pictures.
 
         Args:
             prompt: what to draw, one or several.
-            images: pictures to vary (PIL), beside or instead of a prompt; needs the image encoder in the bundle.
+            images: pictures to vary, beside or instead of a prompt: a PIL image, a path, or a list of these, each alone
+                or as ``(image, weight)``; needs the image encoder in the bundle.
             height: pixels, 64..4096; sizes the network does not take are rounded up and the picture is cropped.
             width: pixels, likewise.
             prior_num_inference_steps: Stage C calls, 1..1000.
@@ -218,6 +263,9 @@ class CascadePipeline:
                 of the generator's device.
             sampler: ``original`` or ``diffusers``.
             image_embeds: ``[1, n, I]`` CLIP image embeddings, instead of ``images``.
+            init_image: picture to begin from (PIL or a path); the result has its aspect unless a size is given.
+            strength: 0..1, how much of it is drawn anew; None is 0.8, or 1 with a mask.
+            mask_image: white where it is drawn anew; black is kept.
 
         Returns:
             `CascadeOutput`.
@@ -250,6 +298,7 @@ class CascadePipeline:
                 num_inference_steps=num_inference_steps,
                 guidance_scale=decoder_guidance_scale,  # type: ignore[arg-type]
             ),
+            strength=strength,
             output_type=output_type,  # type: ignore[arg-type]
         )
         given = Tensors(
@@ -257,7 +306,10 @@ class CascadePipeline:
             prompt_embeds_pooled=prompt_embeds_pooled,
             negative_prompt_embeds=negative_prompt_embeds,
             negative_prompt_embeds_pooled=negative_prompt_embeds_pooled,
-            image_embeds=self._runner.image_embeds(images, image_embeds),
+            image_embeds=image_embeds,
+            images=pictures_to_vary(images),
+            init_image=None if init_image is None else open_picture("init_image", init_image),
+            mask=None if mask_image is None else open_mask("mask_image", mask_image),
             latents=latents,
         )
         out = self._run(

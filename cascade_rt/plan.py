@@ -19,6 +19,11 @@ from .sampling import SamplerName, Schedule, make_schedule
 from .stages import ENGINES, ITEM_SIZE, EngineSpec
 
 DenoiserName = Literal["stage_c", "stage_b"]
+INIT_STRENGTH = 0.8
+"""Of the authors' image-to-image notebook."""
+ENCODER_STRIDE = 32
+"""Pixels of the semantic encoder's input that a Stage C latent stands for."""
+
 Part = Literal["picture", "prior", "decoder"]
 """What is run: the whole cascade, Stage C alone, or Stages B and A on given image embeddings."""
 
@@ -73,6 +78,21 @@ class LoopPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitPlan:
+    """How a picture that is begun from is encoded.
+
+    Attributes:
+        strength: time at which Stage C begins; 0: it does not run.
+        pixels: (height, width) that the semantic encoder is given.
+        decoder_pixels: (height, width) that Stage A's encoder is given, where a mask keeps a part; else None.
+    """
+
+    strength: float
+    pixels: tuple[int, int]
+    decoder_pixels: tuple[int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A request, planned.
 
@@ -82,7 +102,8 @@ class Plan:
         pictures: how many there will be.
         seeds: one for all, or one for every picture.
         sizes: of every stage.
-        prior: Stage C's loop; None for the decoder alone.
+        init: of a picture that is begun from; None where there is none.
+        prior: Stage C's loop; None for the decoder alone, and where only encoded latents are decoded.
         decoder: Stage B's loop; None for the prior alone.
         latent_scale: Stage A decodes Stage B's latents times this.
         engines: names, in the order in which they run.
@@ -94,6 +115,7 @@ class Plan:
     pictures: int
     seeds: tuple[int, ...]
     sizes: Sizes
+    init: InitPlan | None
     prior: LoopPlan | None
     decoder: LoopPlan | None
     latent_scale: float
@@ -126,7 +148,8 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
     prompts = _prompt_count(request, given, part)
     pictures = _picture_count(request, given, prompts, part)
     seeds = _seeds(request, pictures)
-    sizes = _sizes(request, manifest, sampler, given, part)
+    strength = _strength(request, given)
+    init, sizes = _sizes(request, manifest, sampler, given, part, strength)
     loops: dict[DenoiserName, LoopPlan | None] = {"stage_c": None, "stage_b": None}
     settings: dict[DenoiserName, tuple[LoopSettings, LoopDefaults, str, tuple[int, int], Any]] = {
         "stage_c": (request.prior, preset.prior, "prior", sizes.prior, given.latents),
@@ -136,7 +159,8 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         if f"{stage}.step" not in records:
             continue
         spec = records[f"{stage}.step"].spec
-        schedule = _schedule(stage, sampler, own, defaults, manifest)
+        start = strength if stage == "stage_c" and init is not None else 1.0
+        schedule = _schedule(stage, sampler, own, defaults, manifest, start)
         loop = LoopPlan(
             stage=stage,
             schedule=schedule,
@@ -148,6 +172,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         _check_latents(latents, loop)
         loops[stage] = loop
     _check_given(given, records, prompts)
+    _check_images(given, records)
     _check_negative(request, given, prompts)
     prior, decoder = loops["stage_c"], loops["stage_b"]
     full = replace(
@@ -157,6 +182,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         num_images_per_prompt=pictures // prompts,
         seeds=seeds,
         sampler=sampler,
+        strength=None if init is None else strength,
         prior=_full(request.prior, preset.prior),
         decoder=_full(request.decoder, preset.decoder),
     )
@@ -166,6 +192,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         pictures=pictures,
         seeds=seeds,
         sizes=sizes,
+        init=init,
         prior=prior,
         decoder=decoder,
         latent_scale=preset.latent_scale,
@@ -237,12 +264,29 @@ def _engines(request: Request, manifest: Manifest, given: Tensors, part: Part) -
     if _needs_text_encoder(request, manifest, given, part):
         names.append("text_encoder")
     if part != "decoder":
-        names += ["stage_c.context", "stage_c.step"]
+        names += ["image_encoder"] if given.images else []
+        names += ["effnet_encoder"] if given.init_image is not None else []
+        if given.init_image is None or _strength(request, given) > 0:
+            names += ["stage_c.context", "stage_c.step"]
     if part != "prior":
+        names += ["stage_a.encode"] if given.mask is not None else []
         names += ["stage_b.context", "stage_b.step"]
         if request.output_type != "latent":
             names.append("stage_a.decode")
     return tuple(names)
+
+
+def _strength(request: Request, given: Tensors) -> float:
+    """Time at which Stage C begins from a picture.
+
+    Raises:
+        RequestError: a strength or a mask without a picture to begin from.
+    """
+    if given.init_image is None:
+        for name, value in (("strength", request.strength), ("mask_image", given.mask)):
+            if value is not None:
+                raise RequestError(f"{name} is given without init_image, to which it belongs", field=name)
+    return float(given_or(request.strength, INIT_STRENGTH if given.mask is None else 1.0))
 
 
 def _needs_text_encoder(request: Request, manifest: Manifest, given: Tensors, part: Part) -> bool:
@@ -280,6 +324,8 @@ def _preset(request: Request, manifest: Manifest) -> tuple[SamplerName, SamplerP
 
 def _prompt_count(request: Request, given: Tensors, part: Part) -> int:
     embedded = given.prompt_embeds is not None or given.prompt_embeds_pooled is not None
+    if request.prompt is None and not embedded and (given.images or given.init_image is not None):
+        return 1  # the empty prompt beside pictures
     if (request.prompt is None) != embedded:
         what = "and not both" if embedded else "to say what to draw"
         raise RequestError(f"give either prompt or prompt_embeds with prompt_embeds_pooled, {what}", field="prompt")
@@ -319,22 +365,68 @@ def _seeds(request: Request, pictures: int) -> tuple[int, ...]:
     return new_seeds(pictures) if request.seeds is None else request.seeds
 
 
-def _sizes(request: Request, manifest: Manifest, sampler: SamplerName, given: Tensors, part: Part) -> Sizes:
+def _sizes(
+    request: Request, manifest: Manifest, sampler: SamplerName, given: Tensors, part: Part, strength: float
+) -> tuple[InitPlan | None, Sizes]:
+    """Sizes of all stages, and how a picture that is begun from is encoded."""
     facts, grids = manifest.model, grids_of(manifest)
-    if part != "decoder" or request.height is not None or request.width is not None:
-        height, width = given_or(request.height, facts.height), given_or(request.width, facts.width)
-        sizes = plan_sizes(facts, grids, sampler, height, width)
-        if part == "decoder":
-            return replace(sizes, prior=tuple(given.image_embeddings.shape[2:]))
-        return sizes
-    prior = tuple(given.image_embeddings.shape[2:])
-    decoder = decoder_size(prior, facts, grids[1])
-    return Sizes(prior, decoder, (decoder[0] * facts.compression, decoder[1] * facts.compression))
+    if part == "decoder":
+        prior = tuple(given.image_embeddings.shape[2:])
+        if request.height is None and request.width is None:
+            decoder = decoder_size(prior, facts, grids[1])
+            return None, Sizes(prior, decoder, (decoder[0] * facts.compression, decoder[1] * facts.compression))
+    height, width = request.height, request.width
+    if given.init_image is not None and height is None and width is None:
+        height, width = _size_like(given.init_image.size, facts)
+    sizes = plan_sizes(facts, grids, sampler, given_or(height, facts.height), given_or(width, facts.width))
+    if part == "decoder":
+        return None, replace(sizes, prior=prior)
+    if given.init_image is None:
+        return None, sizes
+    spec = _record(manifest, "effnet_encoder").spec
+    pixels = (sizes.prior[0] * ENCODER_STRIDE, sizes.prior[1] * ENCODER_STRIDE)
+    if request.height is None and request.width is None:
+        pixels = _encoder_size(given.init_image.size, facts, spec)
+    for name, side in zip(("height", "width"), pixels, strict=True):
+        if not spec.ranges[name].accepts(side):
+            raise RequestError(
+                f"init_image would be encoded at {name} {side}; {spec.name} takes {spec.ranges[name]}; "
+                "give another height and width",
+                field="init_image",
+            )
+    grid = spec.tensor("latents").shape({"batch": 1, "height": pixels[0], "width": pixels[1]})[2:]
+    decoder_pixels = (sizes.decoder[0] * facts.compression, sizes.decoder[1] * facts.compression)
+    init = InitPlan(strength=strength, pixels=pixels, decoder_pixels=None if given.mask is None else decoder_pixels)
+    return init, replace(sizes, prior=(grid[0], grid[1]))
+
+
+def _size_like(size: tuple[int, int], facts: ModelFacts) -> tuple[int, int]:
+    """(height, width) of a picture with the bundle's short side and the aspect of ``size``, (width, height)."""
+    short = min(facts.height, facts.width)
+    height, width = (short * side // min(size) for side in size[::-1])
+    return height, width
+
+
+def _encoder_size(size: tuple[int, int], facts: ModelFacts, spec: EngineSpec) -> tuple[int, int]:
+    """(height, width) at which a picture of ``size``, (width, height), is encoded: 768 on the short side for 1024.
+
+    Matches: ``resize_image`` of the authors' notebooks, where the long side is truncated.
+    """
+    short = ENCODER_STRIDE * math.ceil(min(facts.height, facts.width) / facts.resolution_multiple)
+    multiple = spec.ranges["height"].multiple
+    height, width = (short * side // min(size) // multiple * multiple for side in size[::-1])
+    return height, width
 
 
 def _schedule(
-    stage: DenoiserName, sampler: SamplerName, own: LoopSettings, defaults: LoopDefaults, manifest: Manifest
+    stage: DenoiserName,
+    sampler: SamplerName,
+    own: LoopSettings,
+    defaults: LoopDefaults,
+    manifest: Manifest,
+    start: float,
 ) -> Schedule:
+    """The tables of a loop that begins at time ``start``: it takes that share of the steps, rounded down."""
     model = manifest.models.get(stage)
     if model is None or model.prediction_type is None:
         raise BundleError(
@@ -343,7 +435,13 @@ def _schedule(
         )
     steps = given_or(own.num_inference_steps, defaults.num_inference_steps)
     return make_schedule(
-        sampler, steps, model.prediction_type, shift=defaults.shift, scaler=defaults.scaler, s=defaults.s
+        sampler,
+        steps if start == 1 else max(1, int(steps * start)),
+        model.prediction_type,
+        shift=defaults.shift,
+        scaler=defaults.scaler,
+        s=defaults.s,
+        start=start,
     )
 
 
@@ -463,6 +561,19 @@ def _check_given(given: Tensors, records: dict[str, EngineRecord], prompts: int)
         raise RequestError(
             f"prompt and negative prompt embeddings differ in shape: {positive.shape} and {negative.shape}",
             field="negative_prompt_embeds",
+        )
+
+
+def _check_images(given: Tensors, records: dict[str, EngineRecord]) -> None:
+    """Refuse more pictures to vary than Stage C's context takes."""
+    if not given.images:
+        return
+    if given.image_embeds is not None:
+        raise RequestError("give either images or image_embeds, and not both", field="images")
+    context = records.get("stage_c.context")
+    if context is not None and not context.ranges["images"].accepts(len(given.images)):
+        raise RequestError(
+            f"{len(given.images)} images are not accepted; this engine takes {context.ranges['images']}", field="images"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .noise import NoiseKind
 from .outputs import PriorOutput
+from .pictures import pictures_to_vary
 from .request import LoopSettings, Prompt, Request, Tensors, check_absent, check_choice, seeds_and_noise
 from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
@@ -89,9 +90,11 @@ class PriorPipeline:
             prompt_embeds_pooled=prompt_embeds_pooled,
             negative_prompt_embeds=negative_prompt_embeds,
             negative_prompt_embeds_pooled=negative_prompt_embeds_pooled,
-            image_embeds=self._runner.image_embeds(images, image_embeds),
+            image_embeds=image_embeds,
+            images=pictures_to_vary(images),
             latents=latents,
         )
+        given = self._runner.gather(request, given)
         planned = self._runner.plan(request, given, "prior")
         with self._runner.turn():
             end = StepEnd(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))

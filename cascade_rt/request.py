@@ -14,9 +14,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from .errors import RequestError, plain, refused, shortened, shown
 from .noise import MAX_SEED, NoiseKind
+from .pictures import MAX_IMAGES, MAX_WEIGHT, Mask
 from .sampling import MAX_STEPS, SamplerName
 from .schema import parse_json
 
@@ -54,6 +56,19 @@ class LoopSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagePrompt:
+    """A picture whose content is drawn anew.
+
+    Attributes:
+        image: path of a file, or a ``data:image/...;base64,`` URI.
+        weight: factor of its CLIP embedding.
+    """
+
+    image: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """Everything that one call asks for. Plain data; every field is checked when it is made.
 
@@ -69,6 +84,11 @@ class Request:
         sampler: ``original`` or ``diffusers``; None is the bundle's.
         prior: Stage C's loop.
         decoder: Stage B's loop.
+        images: pictures to vary, beside or instead of a prompt, the same for every picture that is made.
+        init_image: picture to begin from, a path or a ``data:`` URI.
+        strength: how much of ``init_image`` is drawn anew: 0 only encodes and decodes it, 1 begins at pure noise; None
+            is 0.8, or 1 with a mask.
+        mask_image: white where ``init_image`` is drawn anew; black is kept.
         output_type: ``pil``, ``np`` or ``latent``.
 
     Raises:
@@ -85,6 +105,10 @@ class Request:
     sampler: SamplerName | None = None
     prior: LoopSettings = field(default_factory=LoopSettings)
     decoder: LoopSettings = field(default_factory=LoopSettings)
+    images: tuple[ImagePrompt, ...] = ()
+    init_image: str | None = None
+    strength: float | None = None
+    mask_image: str | None = None
     output_type: OutputType = "pil"
 
     def __post_init__(self) -> None:
@@ -100,6 +124,10 @@ class Request:
             "sampler": None if self.sampler is None else check_choice("sampler", self.sampler, get_args(SamplerName)),
             "prior": _loop_settings("prior", self.prior),
             "decoder": _loop_settings("decoder", self.decoder),
+            "images": _image_prompts(self.images),
+            "init_image": optional(_check_place, "init_image", self.init_image),
+            "strength": optional(check_share, "strength", self.strength),
+            "mask_image": optional(_check_place, "mask_image", self.mask_image),
             "output_type": check_choice("output_type", self.output_type, get_args(OutputType)),
         }
         for name, value in put.items():
@@ -161,6 +189,9 @@ class Tensors:
         negative_prompt_embeds: ``[N, L, E]``, instead of the negative prompt, with its pooled partner.
         negative_prompt_embeds_pooled: ``[N, 1, P]``.
         image_embeds: ``[1, n, I]``, CLIP image embeddings that every picture shall vary.
+        images: opened `Request.images`, each with its weight.
+        init_image: opened `Request.init_image`.
+        mask: opened `Request.mask_image`, ``[H, W]`` bool.
         latents: ``[B, 16, h, w]``, initial Stage C noise instead of the seeds'.
         image_embeddings: ``[N, 16, h, w]``, Stage C's result, for the decoder alone.
         decoder_latents: ``[B, 4, H/4, W/4]``, initial Stage B noise instead of the seeds'.
@@ -171,6 +202,9 @@ class Tensors:
     negative_prompt_embeds: Any = None
     negative_prompt_embeds_pooled: Any = None
     image_embeds: Any = None
+    images: tuple[tuple[Image, float], ...] = ()
+    init_image: Image | None = None
+    mask: Mask | None = None
     latents: Any = None
     image_embeddings: Any = None
     decoder_latents: Any = None
@@ -204,7 +238,7 @@ def check_tensors(given: Tensors) -> Tensors:
         raise RequestError(
             "negative_prompt_embeds and negative_prompt_embeds_pooled go together", field="negative_prompt_embeds"
         )
-    made = {}
+    made: dict[str, Any] = {}
     for name, rank in _RANKS.items():
         value = getattr(given, name)
         if name == "image_embeddings" and isinstance(value, list) and value:
@@ -215,6 +249,29 @@ def check_tensors(given: Tensors) -> Tensors:
         if value is not None:
             made[name] = as_array(name, value, (None,) * rank)
     return replace(given, **made)
+
+
+def _image_prompts(images: Any) -> tuple[ImagePrompt, ...]:
+    if not isinstance(images, list | tuple) or len(images) > MAX_IMAGES:
+        raise refused("images", images, f"a list of up to {MAX_IMAGES} images with weights")
+    made = []
+    for index, one in enumerate(images):
+        name = f"images[{index}]"
+        if isinstance(one, Mapping) and (set(one) - {"image", "weight"} or "image" not in one):
+            raise refused(name, one, "an object with image and weight")
+        given = ImagePrompt(**one) if isinstance(one, Mapping) else one
+        if not isinstance(given, ImagePrompt):
+            raise refused(name, one, "an object with image and weight")
+        weight = check_number(f"{name}.weight", given.weight, MAX_WEIGHT)
+        made.append(ImagePrompt(image=_check_place(f"{name}.image", given.image), weight=weight))
+    return tuple(made)
+
+
+def _check_place(name: str, place: Any) -> str:
+    """The path of a picture, or a data URI."""
+    if not isinstance(place, str) or not place or "\0" in place:
+        raise refused(name, place, "the path of a picture, or a data:image/...;base64, URI")
+    return place
 
 
 def optional(check: Any, name: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 
 from .backends.base import EngineOptions
 from .bundle import Bundle
-from .conditions import Embeddings, embed, encode_texts, host
+from .conditions import Embeddings, embed_texts, encode_texts, host
 from .errors import BundleError, EngineError, GenerationInterrupted, RequestError, refused, shown
-from .image import clip_pixels, crop_center, resize_bilinear, to_pil
+from .image import crop_center, resize_bilinear, to_pil
 from .loader import EngineLoader
-from .loop import Context, Denoising, Step, StepBatch
+from .loop import Context, Denoising, Kept, Step, StepBatch
 from .noise import Noise, PictureNoise
 from .outputs import CascadeOutput, PriorOutput
-from .plan import LoopPlan, Part, Plan, plan
+from .pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open_picture
+from .plan import InitPlan, LoopPlan, Part, Plan, plan
 from .request import Request, Tensors, as_array, check_tensors
-from .sampling import timestep_embedding
+from .sampling import cosine_alpha_bar, diffuse, timestep_embedding
 from .stages import ENGINES
 
 Array = NDArray[np.float32]
@@ -33,7 +34,6 @@ Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 CALLBACK_TENSORS = ("latents", "x0")
 """What ``callback_on_step_end_tensor_inputs`` may name; only ``latents`` may be returned changed."""
-MAX_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,36 @@ class Runner:
             BundleError: an engine is missing, with the command that adds it.
         """
         try:
-            return plan(request, self.engines.manifest, check_tensors(given), part)
+            return plan(request, self.engines.manifest, given, part)
         except BundleError as error:
             if error.field in ENGINES:
                 self.engines.record(error.field)  # says what the bundle has, and which command adds the engine
             raise
+
+    def gather(self, request: Request, given: Tensors) -> Tensors:
+        """The arrays and pictures of a call, checked: files that the request names are opened.
+
+        Raises:
+            RequestError: an array or a picture is not as it must be.
+        """
+        opened: dict[str, Any] = {}
+        if request.images:
+            opened["images"] = tuple(
+                (open_picture(f"images[{index}]", one.image), one.weight) for index, one in enumerate(request.images)
+            )
+        if request.init_image is not None:
+            opened["init_image"] = open_picture("init_image", request.init_image)
+        if request.mask_image is not None:
+            opened["mask"] = open_mask("mask_image", request.mask_image)
+        made = replace(check_tensors(given), **opened)
+        if made.init_image is not None and made.mask is not None and made.mask.shape != made.init_image.size[::-1]:
+            height, width = made.mask.shape
+            raise RequestError(
+                f"mask_image has {width} x {height} pixels, and init_image {made.init_image.size[0]} x "
+                f"{made.init_image.size[1]}; they must have one size",
+                field="mask_image",
+            )
+        return made
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -120,26 +145,48 @@ class Runner:
         """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of texts."""
         return encode_texts(texts, self.bundle.tokenizer(), self.engines.call)
 
-    def image_embeds(self, images: Any, embeds: Any) -> Any:
-        """CLIP embeddings ``[1, n, I]`` of pictures to vary, one to `MAX_IMAGES` of them; or those that are given.
+    def embed(self, planned: Plan, given: Tensors, timings: dict[str, float]) -> Embeddings:
+        """What the encoders make of a planned request: its texts, and the pictures that it brings along.
 
-        Raises:
-            RequestError: both are given, or something that is no picture.
-            BundleError: the bundle has no image encoder.
+        Args:
+            planned: from `plan`.
+            given: what it was planned with, from `gather`.
+            timings: gets the seconds of ``text_encoder`` and, where there are pictures, of ``encoders``.
         """
-        if images is None:
-            return embeds
-        if embeds is not None:
-            raise RequestError("give either images or image_embeds, and not both", field="images")
-        several = list(images) if isinstance(images, list | tuple) else [images]
-        if not 1 <= len(several) <= MAX_IMAGES:
-            raise refused("images", images, f"a picture, or a list of 1 to {MAX_IMAGES}")
+        with self.timed(timings, "text_encoder"):
+            texts = embed_texts(planned, given, self.encode)
+        if not given.images and planned.init is None:
+            return replace(texts, images=given.image_embeds)
+        with self.timed(timings, "encoders"):
+            found: dict[str, Any] = {"images": given.image_embeds}
+            if given.images:
+                found["images"] = self._encode_images(given)
+            if planned.init is not None:
+                found |= self._encode_init(planned, planned.init, given)
+        return replace(texts, **found)
+
+    def _encode_images(self, given: Tensors) -> Array:
+        """CLIP embeddings ``[1, n, I]`` float32 of the pictures to vary, times their weights."""
         side = self.engines.record("image_encoder").spec.tensor("pixel_values").axes[2]
-        assert isinstance(side, int)
-        pixels = np.stack([clip_pixels(f"images[{index}]", one, side) for index, one in enumerate(several)])
-        with self.turn():
-            out = self.engines.call("image_encoder", {"pixel_values": pixels})
-        return host(out, "image_embeds").transpose(1, 0, 2)
+        assert isinstance(side, int)  # a number of the checkpoint
+        pixels = np.stack([clip_pixels(picture, side) for picture, _ in given.images])
+        found = host(self.engines.call("image_encoder", {"pixel_values": pixels}), "image_embeds")
+        weights = np.array([weight for _, weight in given.images], dtype=np.float32)
+        return np.ascontiguousarray((found * weights[:, None, None]).transpose(1, 0, 2))
+
+    def _encode_init(self, planned: Plan, init: InitPlan, given: Tensors) -> dict[str, Array]:
+        """The picture that is begun from, as latents of both stages, and its mask on their grids."""
+        assert given.init_image is not None  # what the plan was made from
+        pixels = encoder_pixels(given.init_image, *init.pixels)
+        found = {"init": host(self.engines.call("effnet_encoder", {"pixels": pixels}), "latents")}
+        if given.mask is not None:
+            found["init_free"] = mask_on_grid(given.mask, *found["init"].shape[2:])
+        if given.mask is not None and init.decoder_pixels is not None and planned.decoder is not None:
+            pixels = encoder_pixels(given.init_image, *init.decoder_pixels)
+            latents = host(self.engines.call("stage_a.encode", {"pixels": pixels}), "latents")
+            found["decoder_init"] = latents / np.float32(planned.latent_scale)
+            found["decoder_free"] = mask_on_grid(given.mask, *latents.shape[2:])
+        return found
 
     def picture(self, planned: Plan, given: Tensors, prior_end: StepEnd, end: StepEnd) -> CascadeOutput:
         """Run a plan whose part is ``picture``.
@@ -151,22 +198,18 @@ class Runner:
             end: told of Stage B's steps.
         """
         timings: dict[str, float] = {}
-        given = check_tensors(given)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         with self.engines.together(*planned.engines):
-            with self.timed(timings, "text_encoder"):
-                texts = embed(planned, given, self.encode)
+            texts = self.embed(planned, given, timings)
             embeddings = self._prior(planned, given, texts, noise, prior_end, timings)
             return self._decode(planned, given, embeddings, texts, noise, end, timings)
 
     def prior(self, planned: Plan, given: Tensors, end: StepEnd) -> PriorOutput:
         """Run a plan whose part is ``prior``; arguments as in `picture`."""
         timings: dict[str, float] = {}
-        given = check_tensors(given)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         with self.engines.together(*planned.engines):
-            with self.timed(timings, "text_encoder"):
-                texts = embed(planned, given, self.encode)
+            texts = self.embed(planned, given, timings)
             embeddings = self._prior(planned, given, texts, noise, end, timings)
         assert texts.prompt is not None  # a plan of the prior has a prompt or its embeddings
         return PriorOutput(
@@ -182,12 +225,10 @@ class Runner:
     def decoder(self, planned: Plan, given: Tensors, end: StepEnd) -> CascadeOutput:
         """Run a plan whose part is ``decoder``; arguments as in `picture`."""
         timings: dict[str, float] = {}
-        given = check_tensors(given)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         embeddings = np.repeat(given.image_embeddings, planned.pictures // len(given.image_embeddings), axis=0)
         with self.engines.together(*planned.engines):
-            with self.timed(timings, "text_encoder"):
-                texts = embed(planned, given, self.encode)
+            texts = self.embed(planned, given, timings)
             return self._decode(planned, given, embeddings, texts, noise, end, timings)
 
     def begin_prior(self, planned: Plan, given: Tensors, texts: Embeddings, noise: Noise) -> tuple[Denoising, Context]:
@@ -202,10 +243,13 @@ class Runner:
         loop = planned.prior
         assert loop is not None  # a plan with this part has it
         assert texts.prompt is not None
-        denoising = _begin(loop, given.latents, noise)
-        image_dim = self.engines.record("stage_c.context").spec.tensor("clip_img").axes[2]
-        assert isinstance(image_dim, int)  # a number of the checkpoint
-        images = np.zeros((1, 1, image_dim), np.float32) if given.image_embeds is None else given.image_embeds
+        start = None if planned.init is None else planned.init.strength
+        denoising = _begin(loop, given.latents, noise, texts.init, texts.init_free, start)
+        images = texts.images
+        if images is None:
+            image_dim = self.engines.record("stage_c.context").spec.tensor("clip_img").axes[2]
+            assert isinstance(image_dim, int)  # a number of the checkpoint
+            images = np.zeros((1, 1, image_dim), np.float32)
         clip_img = np.repeat(images, planned.pictures, axis=0)
         conditions = {
             "clip_text": denoising.with_negative(texts.prompt, texts.negative),
@@ -224,7 +268,7 @@ class Runner:
         """
         loop = planned.decoder
         assert loop is not None  # a plan with this part has it
-        denoising = _begin(loop, given.decoder_latents, noise)
+        denoising = _begin(loop, given.decoder_latents, noise, texts.decoder_init, texts.decoder_free, None)
         # Stage B's grid: what the context engine's formulas give for the size of the latents
         spec = self.engines.record("stage_b.context").spec
         sizes = {"batch": planned.pictures, "height": loop.latents[2], "width": loop.latents[3]}
@@ -247,7 +291,9 @@ class Runner:
     ) -> Array:
         """Stage C: embeddings -> ``[B, 16, h, w]`` float32."""
         loop = planned.prior
-        assert loop is not None  # a plan with this part has it
+        if loop is None:
+            assert texts.init is not None  # a plan without Stage C decodes what was encoded
+            return np.repeat(texts.init, planned.pictures, axis=0)
         with self.timed(timings, "stage_c"):
             denoising, context = self.begin_prior(planned, given, texts, noise)
             return self._denoise(loop, denoising, context, end)
@@ -325,14 +371,28 @@ class Runner:
         return bar
 
 
-def _begin(loop: LoopPlan, latents: Array | None, noise: Noise) -> Denoising:
-    """A loop at its beginning; initial latents are drawn only where none are given."""
+def _begin(
+    loop: LoopPlan, given: Array | None, noise: Noise, init: Array | None, free: Array | None, start: float | None
+) -> Denoising:
+    """A loop at its beginning; initial noise is drawn only where none is given.
+
+    Args:
+        loop: planned.
+        given: the caller's initial noise.
+        noise: the seeds'.
+        init: clean latents of a picture, ``[1, C, H, W]``.
+        free: mask of what is drawn, the rest being kept from ``init``; None: everything is drawn.
+        start: time to which ``init`` is noised, and from which the loop goes on; None: it begins at pure noise.
+    """
+    first = noise.normal(loop.latents) if given is None else given
+    begun = first if init is None or start is None else diffuse(init, first, cosine_alpha_bar(start))
     return Denoising(
         schedule=loop.schedule,
-        latents=noise.normal(loop.latents) if latents is None else latents,
+        latents=begun,
         noise=noise,
         scales=loop.scales,
         rescale=loop.rescale,
+        kept=None if init is None or free is None else Kept(latents=init, noise=first, free=free),
         name=loop.stage,
     )
 
