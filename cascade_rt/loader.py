@@ -174,6 +174,13 @@ class EngineLoader:
         with self.engine(name, features) as engine:
             return engine.bind({})(feeds)
 
+    def discard(self, name: str, features: Iterable[str] = ()) -> None:
+        """Close an engine whose call failed, for its state may be broken; the next call loads it anew."""
+        with self._keeping:
+            engine = self._engines.pop(_key((name, tuple(features))), None)
+        if engine is not None:
+            engine.close()
+
     @contextmanager
     def together(self, *engines: EngineName) -> Iterator[None]:
         """Within, the first engine that must be loaded brings all of ``engines`` with it, two at a time.
