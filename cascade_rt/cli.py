@@ -23,7 +23,7 @@ from .commands import CommandParser
 from .errors import OutputError, RequestError, shown
 from .files import name_of, write_together
 from .image import FORMATS, encode_picture, read_request
-from .manifest import MANIFEST, Figures
+from .manifest import MANIFEST, PRESETS, Figures
 from .noise import MAX_SEED
 from .outputs import CascadeOutput
 from .pictures import encoder_pixels, open_picture
@@ -74,6 +74,7 @@ def run_parser() -> argparse.ArgumentParser:
     add("--negative", metavar="TEXT", help="what to draw away from")
     add("--images", type=int, metavar="N", help="how many pictures; -1, -2, ... is added to the name (default: 1)")
     add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the bundle's)")
+    add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}: quality against time (default: the bundle's)")
     add("--provider", default="auto", metavar="NAME", help=f"auto, {', '.join(PROVIDERS)} (default: auto)")
     add("--threads", type=int, metavar="N", help="threads within an operator (default: the provider's choice)")
     add("--low-memory", action="store_true", help="keep one engine loaded at a time")
@@ -150,6 +151,7 @@ def requested(args: argparse.Namespace) -> Request:
         num_images_per_prompt=len(seeds),
         seeds=seeds,
         sampler=given_or(args.sampler, base.sampler),
+        preset=given_or(args.preset, base.preset),
         images=tuple(map(parse_image, args.image)) or base.images,
         init_image=given_or(init, base.init_image),
         strength=0.0 if args.reconstruct is not None else given_or(args.strength, base.strength),
@@ -168,7 +170,8 @@ def reconstruction_psnr(source: str, out: CascadeOutput) -> float:
 
 
 def _loop(base: LoopSettings, steps: int | None, scale: float | None) -> LoopSettings:
-    return LoopSettings(
+    return replace(
+        base,
         num_inference_steps=given_or(steps, base.num_inference_steps),
         guidance_scale=given_or(scale, base.guidance_scale),
     )
@@ -181,7 +184,7 @@ def parse_image(text: str) -> ImagePrompt:
         RequestError: the weight is no finite number.
     """
     head, colon, tail = text.rpartition(":")
-    if not colon or os.path.isfile(text):
+    if not colon or Path(text).is_file():
         return ImagePrompt(image=text)
     try:
         weight = float(tail)
@@ -274,10 +277,10 @@ def show(args: argparse.Namespace) -> None:
         for name in manifest.files:
             bundle.file(name)
     if args.json:
-        print((bundle.path / MANIFEST).read_text(encoding="utf-8"), end="")
+        print(manifest.to_json(), end="")
         return
     m = manifest.model
-    print(f"{m.name} ({m.size}), from {m.source}; weights: {m.licence}")
+    print(plain(f"{m.name} ({m.size}), from {m.source}; weights: {m.licence}"))
     print(f"{m.width} x {m.height} px; samplers: {', '.join(manifest.sampling)}, default {m.default_sampler}")
     total = sum(file.bytes for file in manifest.files.values())
     print(f"{len(manifest.files)} files, {total / 2**20:.1f} MiB" + (", all hashes right" if args.check else ""))
@@ -297,7 +300,7 @@ def show(args: argparse.Namespace) -> None:
     print("figures: against fp32 PyTorch")
     for name, model in manifest.models.items():
         if model.loras:
-            print(f"{name}: with {', '.join(model.loras)}")
+            print(plain(f"{name}: with {', '.join(model.loras)}"))
         if (scan := model.stream_scales) is not None:
             print(
                 f"{name}: residual stream kept divided by {list(scan.down)} on the way down and {list(scan.up)} on the "

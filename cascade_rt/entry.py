@@ -14,6 +14,7 @@ FLAGS = {
     "num_images_per_prompt": "--images",
     "seeds": "--seed",
     "sampler": "--sampler",
+    "preset": "--preset",
     "provider": "--provider",
     "threads": "--threads",
     "prior.num_inference_steps": "--steps",

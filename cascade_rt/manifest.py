@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct, to_builtins
@@ -74,6 +74,38 @@ class SamplerPreset(Record, frozen=True, kw_only=True):
     latent_scale: Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 
+class LoopOverrides(Record, frozen=True, kw_only=True):
+    """What a preset changes of a stage's sampling; None: nothing.
+
+    Attributes:
+        num_inference_steps: network calls.
+        guidance_scale: classifier-free guidance.
+        guidance_start: share of the steps before which there is no guidance.
+        guidance_end: share of the steps from which on there is none.
+    """
+
+    num_inference_steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    guidance_scale: Annotated[float, Meta(ge=-1000, le=1000)] | None = None
+    guidance_start: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    guidance_end: Annotated[float, Meta(ge=0, le=1)] = 1.0
+
+
+class Preset(Record, frozen=True, kw_only=True):
+    """A trade of quality against time, over the defaults of the sampler.
+
+    Attributes:
+        prior: Stage C.
+        decoder: Stage B.
+    """
+
+    prior: LoopOverrides = LoopOverrides()
+    decoder: LoopOverrides = LoopOverrides()
+
+
+PresetName = Literal["quality", "balanced", "fast"]
+PRESETS: tuple[PresetName, ...] = get_args(PresetName)
+
+
 class ModelFacts(Record, frozen=True, kw_only=True):
     """What holds for the cascade as a whole.
 
@@ -88,7 +120,8 @@ class ModelFacts(Record, frozen=True, kw_only=True):
         resolution_multiple: pixels a Stage C latent stands for.
         latent_dim_scale: Stage B latents for one Stage C latent.
         compression: pixels a Stage B latent stands for.
-        default_sampler: preset that is used when the request names none.
+        default_sampler: whose defaults are used when the request names none.
+        default_preset: preset that is used when the request names none.
     """
 
     name: Text
@@ -102,6 +135,7 @@ class ModelFacts(Record, frozen=True, kw_only=True):
     latent_dim_scale: Annotated[float, Meta(ge=0.1, le=1024)] = 10.67
     compression: Annotated[int, Meta(ge=1, le=64)] = 4
     default_sampler: SamplerName = "original"
+    default_preset: PresetName = "quality"
 
 
 class TokenizerRecord(Record, frozen=True, kw_only=True):
@@ -328,6 +362,7 @@ class Manifest(Record, frozen=True, kw_only=True):
         format_version: 2.
         model: the cascade as a whole.
         sampling: defaults of every sampler.
+        presets: trades of quality against time; ``quality`` changes nothing and need not be listed.
         tokenizer: None where there is none.
         models: components of the checkpoint.
         engines: a graph and TensorRT engine files may lie side by side; several precisions and features too. Where
@@ -338,6 +373,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     format_version: Literal[2] = FORMAT_VERSION
     model: ModelFacts
     sampling: dict[SamplerName, SamplerPreset]
+    presets: dict[PresetName, Preset] = {}
     tokenizer: TokenizerRecord | None = None
     models: dict[ModelName, ModelRecord] = {}
     engines: tuple[EngineRecord, ...] = ()
@@ -372,7 +408,7 @@ class Manifest(Record, frozen=True, kw_only=True):
         """
         document = parse_json(data, where, BundleError)
         if not isinstance(document, dict) or "format_version" not in document:
-            raise BundleError(f"{plain(where)} is no bundle manifest: it has no format_version")
+            raise BundleError(f"{plain(where)} is no bundle manifest: it has no format_version", field="format_version")
         version = document["format_version"]
         if version != FORMAT_VERSION or isinstance(version, bool | float):
             raise BundleError(f"{plain(where)} {_other_format(version, document, where)}", field="format_version")
@@ -390,6 +426,8 @@ class Manifest(Record, frozen=True, kw_only=True):
             _check_inside(name, where)
         if self.model.default_sampler not in self.sampling:
             raise _contradiction(where, "model.default_sampler", self.model.default_sampler, "a key of sampling")
+        if self.model.default_preset not in self.presets and self.model.default_preset != "quality":
+            raise _contradiction(where, "model.default_preset", self.model.default_preset, "a key of presets")
         named = [(f"engines[{i}].files", file) for i, r in enumerate(self.engines) for file in r.files]
         named += [(f"models['{n}'].weights", m.weights) for n, m in self.models.items() if m.weights is not None]
         named += [("tokenizer.file", self.tokenizer.file)] if self.tokenizer else []

@@ -20,6 +20,7 @@ from .backends.base import EngineOptions
 from .bundle import Bundle, find_bundle
 from .decoder import DecoderPipeline
 from .errors import refused
+from .manifest import PresetName
 from .noise import NoiseKind
 from .outputs import CascadeOutput
 from .pictures import open_mask, open_picture, pictures_to_vary
@@ -147,7 +148,7 @@ class CascadePipeline:
         if len(several) != 1:
             raise refused("latents", found.shape, "of one picture; `decoder` takes several")
         out: CascadeOutput = self.decoder(several, prompt, **options)
-        image: Image = out.images[0]  # type: ignore[assignment]  # PIL unless the options ask for arrays
+        image: Image = out.images[0]
         return image
 
     def interrupt(self) -> None:
@@ -227,6 +228,7 @@ class CascadePipeline:
         seed: int | Sequence[int] | None = None,
         noise: NoiseKind | None = None,
         sampler: SamplerName | None = None,
+        preset: PresetName | None = None,
         image_embeds: Any = None,
         init_image: Any = None,
         strength: float | None = None,
@@ -262,6 +264,7 @@ class CascadePipeline:
             noise: ``torch-cpu`` or ``torch-cuda``: whose random numbers a seed stands for; None: the CPU's, or those
                 of the generator's device.
             sampler: ``original`` or ``diffusers``.
+            preset: ``quality``, ``balanced`` or ``fast``: what is not given here.
             image_embeds: ``[1, n, I]`` CLIP image embeddings, instead of ``images``.
             init_image: picture to begin from (PIL or a path); the result has its aspect unless a size is given.
             strength: 0..1, how much of it is drawn anew; None is 0.8, or 1 with a mask.
@@ -290,6 +293,7 @@ class CascadePipeline:
             seeds=seeds,
             noise=kind,
             sampler=sampler,
+            preset=preset,
             prior=LoopSettings(
                 num_inference_steps=prior_num_inference_steps,
                 guidance_scale=prior_guidance_scale,  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError, RequestError, refused
-from .manifest import EngineRecord, LoopDefaults, Manifest, ModelFacts, SamplerPreset
+from .manifest import EngineRecord, LoopDefaults, LoopOverrides, Manifest, ModelFacts, Preset, SamplerPreset
 from .request import LoopSettings, Request, Tensors, check_pixels, given_or, new_seeds
 from .sampling import SamplerName, Schedule, make_schedule
 from .stages import ENGINES, ITEM_SIZE, EngineSpec
@@ -142,6 +142,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         BundleError: an engine is missing that the request needs, or what a denoiser predicts is not recorded.
     """
     given = given or Tensors()
+    request = _with_preset(request, manifest)
     engines = _engines(request, manifest, given, part)
     records = {name: _record(manifest, name) for name in engines}
     sampler, preset = _preset(request, manifest)
@@ -322,6 +323,36 @@ def _preset(request: Request, manifest: Manifest) -> tuple[SamplerName, SamplerP
     return sampler, manifest.sampling[sampler]
 
 
+def _with_preset(request: Request, manifest: Manifest) -> Request:
+    """The request with what its preset says where it leaves something open.
+
+    Raises:
+        RequestError: a preset that the bundle does not have.
+    """
+    name = given_or(request.preset, manifest.model.default_preset)
+    if name not in manifest.presets and name != "quality":
+        known = ", ".join(dict.fromkeys(["quality", *manifest.presets]))
+        raise RequestError(
+            f"preset {name!r} is not in this bundle; accepted: {known}", field="preset", value=name, accepted=known
+        )
+    preset = manifest.presets.get(name, Preset())
+    prior, decoder = _overridden(request.prior, preset.prior), _overridden(request.decoder, preset.decoder)
+    return replace(request, preset=name, prior=prior, decoder=decoder)
+
+
+def _overridden(own: LoopSettings, preset: LoopOverrides) -> LoopSettings:
+    scale = own.guidance_scale
+    if own.guidance_per_step is None:
+        scale = given_or(scale, preset.guidance_scale)
+    return replace(
+        own,
+        num_inference_steps=given_or(own.num_inference_steps, preset.num_inference_steps),
+        guidance_scale=scale,
+        guidance_start=given_or(own.guidance_start, preset.guidance_start),
+        guidance_end=given_or(own.guidance_end, preset.guidance_end),
+    )
+
+
 def _prompt_count(request: Request, given: Tensors, part: Part) -> int:
     embedded = given.prompt_embeds is not None or given.prompt_embeds_pooled is not None
     if request.prompt is None and not embedded and (given.images or given.init_image is not None):
@@ -473,7 +504,7 @@ def _scales(
                 field=f"{field}.guidance_scale",
             )
         table = np.repeat(np.array([by_picture]), steps, axis=0)
-    first, end = own.guidance_start * steps, own.guidance_end * steps
+    first, end = given_or(own.guidance_start, 0.0) * steps, given_or(own.guidance_end, 1.0) * steps
     inside = np.array([first <= step < end for step in range(steps)])
     return np.where(inside[:, None], table, 1.0)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from .errors import RequestError, plain, refused, shortened, shown
+from .manifest import PRESETS, PresetName
 from .noise import MAX_SEED, NoiseKind
 from .pictures import MAX_IMAGES, MAX_WEIGHT, Mask
 from .sampling import MAX_STEPS, SamplerName
@@ -43,15 +44,15 @@ class LoopSettings:
         num_inference_steps: network calls, 1..1000.
         guidance_scale: classifier-free guidance, one number or one for every picture; up to 1 is none.
         guidance_start: share of the steps, 0..1, before which there is no guidance: its rows are not computed.
-        guidance_end: share of the steps from which on there is none.
+        guidance_end: share of the steps, 0..1, from which on there is none.
         guidance_per_step: scales that take the place of ``guidance_scale``: one for every step, or two, between which
             the steps are interpolated, as the authors' ``cfg=[a, b]``.
     """
 
     num_inference_steps: int | None = None
     guidance_scale: float | tuple[float, ...] | None = None
-    guidance_start: float = 0.0
-    guidance_end: float = 1.0
+    guidance_start: float | None = None
+    guidance_end: float | None = None
     guidance_per_step: tuple[float, ...] | None = None
 
 
@@ -82,6 +83,7 @@ class Request:
             pictures: all draw from one stream, as one torch generator does. None: new ones.
         noise: whose random numbers a seed stands for.
         sampler: ``original`` or ``diffusers``; None is the bundle's.
+        preset: ``quality``, ``balanced`` or ``fast``: what ``prior`` and ``decoder`` leave open; None is the bundle's.
         prior: Stage C's loop.
         decoder: Stage B's loop.
         images: pictures to vary, beside or instead of a prompt, the same for every picture that is made.
@@ -103,6 +105,7 @@ class Request:
     seeds: tuple[int, ...] | None = None
     noise: NoiseKind = "torch-cpu"
     sampler: SamplerName | None = None
+    preset: PresetName | None = None
     prior: LoopSettings = field(default_factory=LoopSettings)
     decoder: LoopSettings = field(default_factory=LoopSettings)
     images: tuple[ImagePrompt, ...] = ()
@@ -122,6 +125,7 @@ class Request:
             "seeds": None if self.seeds is None else check_seeds("seeds", self.seeds),
             "noise": check_choice("noise", self.noise, get_args(NoiseKind)),
             "sampler": None if self.sampler is None else check_choice("sampler", self.sampler, get_args(SamplerName)),
+            "preset": None if self.preset is None else check_choice("preset", self.preset, PRESETS),
             "prior": _loop_settings("prior", self.prior),
             "decoder": _loop_settings("decoder", self.decoder),
             "images": _image_prompts(self.images),
@@ -448,9 +452,9 @@ def _loop_settings(name: str, settings: Any) -> LoopSettings:
                 f"give either {name}.guidance_scale or {name}.guidance_per_step, and not both",
                 field=f"{name}.guidance_per_step",
             )
-    start = check_share(f"{name}.guidance_start", settings.guidance_start)
-    end = check_share(f"{name}.guidance_end", settings.guidance_end)
-    if start > end:
+    start = optional(check_share, f"{name}.guidance_start", settings.guidance_start)
+    end = optional(check_share, f"{name}.guidance_end", settings.guidance_end)
+    if start is not None and end is not None and start > end:
         raise refused(f"{name}.guidance_start", start, f"at most {name}.guidance_end, which is {end:g}")
     return LoopSettings(
         num_inference_steps=steps,
