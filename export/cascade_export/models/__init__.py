@@ -8,7 +8,8 @@ from .clip import (
     encode_image,
     encode_text,
 )
-from .denoiser import Context, Denoiser, StreamScales, timestep_embedding
+from .controlnet import ControlNet, ControlNetConfig
+from .denoiser import Context, Control, Denoiser, StreamScales, timestep_embedding
 from .denoiser_config import DenoiserConfig
 from .effnet import EffNetConfig, SemanticEncoder
 from .previewer import Previewer, PreviewerConfig
@@ -16,6 +17,9 @@ from .stage_a import StageA, StageAConfig
 
 __all__ = [
     "Context",
+    "Control",
+    "ControlNet",
+    "ControlNetConfig",
     "Denoiser",
     "DenoiserConfig",
     "EffNetConfig",

@@ -7,6 +7,7 @@ Matches: ``diffusers/models/unets/unet_stable_cascade.py``, ``StableCascade/modu
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -43,6 +44,20 @@ class Context(NamedTuple):
     modulation: Tensor
     kv: tuple[Tensor, ...]
     condition_map: Tensor | None
+
+
+class Control(NamedTuple):
+    """What a ControlNet adds to a Stage C; the same for every step.
+
+    Attributes:
+        residuals: ``[B, n, h, w, C]``: a residual for each of ``blocks``. Where h and w are not the latents' size they
+            are resized (bilinear, corners aligned); the host resizes them before a graph gets them.
+        blocks: for each residual the index of the residual block in front of which it is added to the stream. Blocks
+            are counted in the order of execution: down, then up; a block that is executed twice counts twice.
+    """
+
+    residuals: Tensor
+    blocks: tuple[int, ...]
 
 
 class StreamScales(NamedTuple):
@@ -248,18 +263,33 @@ class Denoiser(nn.Module):
         modulation = torch.cat([timestep_embedding[:, :0], *table], dim=-1).to(self.dtype)
         return Context(modulation, kv, self._condition_map(effnet))
 
-    def step(self, latents: Tensor, step: Tensor, context: Context) -> Tensor:
+    @property
+    def executed_res_blocks(self) -> int:
+        """How many residual blocks one call executes; a block that is repeated counts each time."""
+        total = 0
+        halves = ((self.down_blocks, self.down_repeat_mappers), (self.up_blocks, self.up_repeat_mappers))
+        for stacks, repeats in halves:
+            for stack, mappers in zip(stacks, repeats, strict=True):
+                assert isinstance(mappers, nn.ModuleList)
+                total += (len(mappers) + 1) * sum(isinstance(block, ResBlock) for block in stack.children())
+        return total
+
+    def step(self, latents: Tensor, step: Tensor, context: Context, control: Control | None = None) -> Tensor:
         """One denoising step: the network's prediction for ``latents``, each sample at its own row of the table.
 
         Args:
             latents: ``[B, C, H, W]`` float32; H and W multiples of ``config.granularity``.
             step: ``[B]`` int64: for each sample the row of ``context.modulation``.
             context: from `context`.
+            control: residuals of a ControlNet.
 
         Returns:
             ``[B, C_out, H, W]`` float32.
+
+        Raises:
+            ValueError: ``control`` does not fit the network.
         """
-        return self._denoise(latents, context.modulation.index_select(0, step), context)
+        return self._denoise(latents, context.modulation.index_select(0, step), context, control)
 
     def forward(
         self,
@@ -269,6 +299,7 @@ class Denoiser(nn.Module):
         clip_text: Tensor | None = None,
         clip_img: Tensor | None = None,
         effnet: Tensor | None = None,
+        control: Control | None = None,
     ) -> Tensor:
         """The whole network, with diffusers' argument names: context and step in one call.
 
@@ -279,18 +310,34 @@ class Denoiser(nn.Module):
             clip_text: Stage C: ``[B, L, E]``.
             clip_img: Stage C: ``[B, n, I]``.
             effnet: Stage B: ``[B, 16, h, w]`` of any size; resized here.
+            control: residuals of a ControlNet, of any size.
 
         Returns:
             Prediction ``[B, C_out, H, W]`` float32.
+
+        Raises:
+            ValueError: ``control`` does not fit the network.
         """
         if effnet is not None:
             size = [s // self.config.patch_size for s in sample.shape[-2:]]
             effnet = F.interpolate(effnet.float(), size=size, mode="bilinear", align_corners=True)
         embedding = timestep_embedding(timestep_ratio, self.config.timestep_ratio_embedding_dim)
         context = self.context(embedding, clip_text_pooled, clip_text, clip_img, effnet)
-        return self._denoise(sample, context.modulation, context)
+        return self._denoise(sample, context.modulation, context, control)
 
-    def _denoise(self, latents: Tensor, modulation: Tensor, context: Context) -> Tensor:
+    def _check_control(self, control: Control) -> None:
+        count, known = control.residuals.shape[1], self.executed_res_blocks
+        if count != len(control.blocks):
+            raise ValueError(f"control has {count} residuals for {len(control.blocks)} blocks")
+        if beyond := [index for index in control.blocks if not 0 <= index < known]:
+            raise ValueError(f"control names residual block {beyond[0]}; this network executes {known}, from 0")
+
+    def _denoise(self, latents: Tensor, modulation: Tensor, context: Context, control: Control | None) -> Tensor:
+        residuals: dict[int, Tensor] = {}
+        if control is not None:
+            self._check_control(control)
+            residuals = dict(zip(control.blocks, control.residuals.unbind(1), strict=True))
+        executed = itertools.count()  # residual blocks so far, which is how the residuals' blocks are counted
         scales = self.stream_scales
         unshuffle, project, norm = self.embedding
         x = norm(project(unshuffle(latents.to(self.dtype)).permute(0, 2, 3, 1)))
@@ -312,6 +359,8 @@ class Denoiser(nn.Module):
             for turn in range(len(repeats) + 1):
                 for position, block in enumerate(blocks):
                     if isinstance(block, ResBlock):
+                        if (residual := residuals.get(next(executed))) is not None:
+                            x = x + shrink(_resized(residual, x), block.stream_scale).to(x.dtype)
                         x = block(x, skip if position == 0 else None)
                     elif isinstance(block, TimestepBlock):
                         x = block(x, *rows[block])
@@ -396,6 +445,14 @@ def timestep_embedding(timestep_ratio: Tensor, dim: int, max_positions: int = 10
     frequencies = exponents.mul(-math.log(max_positions) / (half - 1)).exp()
     angles = (timestep_ratio * max_positions)[:, None] * frequencies[None, :]
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+def _resized(residual: Tensor, x: Tensor) -> Tensor:
+    """A ControlNet's residual ``[B, h, w, C]`` at the size of the stream ``[B, H, W, C]``."""
+    if residual.shape[1:3] == x.shape[1:3]:
+        return residual
+    planes = residual.float().permute(0, 3, 1, 2)
+    return F.interpolate(planes, size=x.shape[1:3], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
 
 
 def _embedding_of_zero(like: Tensor) -> Tensor:
