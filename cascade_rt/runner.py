@@ -32,6 +32,8 @@ Array = NDArray[np.float32]
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 """``callback(pipe, step, timestep ratio, {"latents": ...})``, as in diffusers; may return changed latents."""
 
+EncodeTexts = Callable[[Sequence[str]], tuple[Array, Array]]
+"""Texts -> hidden states ``[N, L, E]`` and pooled ``[N, 1, P]``, float32."""
 CALLBACK_TENSORS = ("latents", "x0")
 """What ``callback_on_step_end_tensor_inputs`` may name; only ``latents`` may be returned changed."""
 
@@ -145,16 +147,20 @@ class Runner:
         """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of texts."""
         return encode_texts(texts, self.bundle.tokenizer(), self.engines.call)
 
-    def embed(self, planned: Plan, given: Tensors, timings: dict[str, float]) -> Embeddings:
+    def embed(
+        self, planned: Plan, given: Tensors, timings: dict[str, float], encode: EncodeTexts | None = None
+    ) -> Embeddings:
         """What the encoders make of a planned request: its texts, and the pictures that it brings along.
 
         Args:
             planned: from `plan`.
             given: what it was planned with, from `gather`.
             timings: gets the seconds of ``text_encoder`` and, where there are pictures, of ``encoders``.
+            encode: texts -> hidden states and pooled; None: `encode`. A caller that runs several requests encodes the
+                texts of all of them in one call.
         """
         with self.timed(timings, "text_encoder"):
-            texts = embed_texts(planned, given, self.encode)
+            texts = embed_texts(planned, given, encode or self.encode)
         if not given.images and planned.init is None:
             return replace(texts, images=given.image_embeds)
         with self.timed(timings, "encoders"):
