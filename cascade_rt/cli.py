@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from . import __version__
 from .backends import PROVIDERS
 from .bundle import find_bundle
 from .commands import CommandParser
-from .errors import OutputError, RequestError, shown
-from .files import name_of, write_together
+from .errors import OutputError, RequestError, plain, shown
+from .files import name_of, said_by, write_together, written_whole
 from .image import FORMATS, encode_picture, read_request
-from .manifest import MANIFEST, PRESETS, Figures
+from .manifest import PRESETS, Figures
 from .noise import MAX_SEED
 from .outputs import CascadeOutput
 from .pictures import encoder_pixels, open_picture
 from .pipeline import CascadePipeline
 from .request import ImagePrompt, LoopSettings, Request, check_integer, check_pictures, given_or, new_seeds
+from .runner import StepEnd
 from .sampling import SAMPLERS
 
 RUN_EXAMPLES = """examples:
@@ -78,6 +80,7 @@ def run_parser() -> argparse.ArgumentParser:
     add("--provider", default="auto", metavar="NAME", help=f"auto, {', '.join(PROVIDERS)} (default: auto)")
     add("--threads", type=int, metavar="N", help="threads within an operator (default: the provider's choice)")
     add("--low-memory", action="store_true", help="keep one engine loaded at a time")
+    add("--preview", type=Path, metavar="DIR", help="write a small picture of every step into a folder")
     add("--json", action="store_true", help="print what ran, with the time of each stage, as JSON")
     add("--quiet", action="store_true", help="no progress bar")
     add("--version", action="version", version=f"cascade-rt {__version__}")
@@ -99,12 +102,14 @@ def generate(args: argparse.Namespace) -> None:
     warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
     request = requested(args)
     check_output(args.output)
+    if args.preview is not None:
+        check_folder(args.preview)
     started = time.perf_counter()
     with CascadePipeline.from_pretrained(args.bundle, args.provider, args.low_memory, args.threads) as pipe:
         if args.quiet:
             pipe.set_progress_bar_config(disable=True)
         planned = pipe.plan(request)
-        out = pipe.run(request)
+        out = pipe.run(request, *([None] * 2 if args.preview is None else _preview_writers(args.preview)))
         facts = {"bundle": pipe.bundle.name, "provider": pipe.provider, "software": f"cascade-rt {__version__}"}
     files = write_pictures(out, planned.request, args.output, facts)
     psnr = None if args.reconstruct is None else reconstruction_psnr(args.reconstruct, out)
@@ -216,6 +221,38 @@ def check_output(path: Path) -> None:
         raise OutputError(f"{name_of(path)} cannot be written: {getattr(error, 'strerror', error)}") from None
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"the folder {name_of(path.parent)} cannot be written to")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that previews cannot be written into; it is made where it is missing.
+
+    Raises:
+        OutputError: it cannot be made, or cannot be written to.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"the folder {name_of(path)} cannot be made: {said_by(error)}") from None
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"the folder {name_of(path)} cannot be written to")
+
+
+def _preview_writers(folder: Path) -> tuple[StepEnd, StepEnd]:
+    """What writes ``c-01.png``, ``c-02.png``, ... and ``b-01.png``, ... into a folder; several pictures side by side."""
+
+    def writer(stage: str) -> StepEnd:
+        def write(_pipe: Any, step: int, _ratio: float, tensors: dict[str, Any]) -> None:
+            previews = tensors["preview"]
+            width, height = previews[0].size
+            sheet = PIL.Image.new("RGB", (width * len(previews), height))
+            for index, preview in enumerate(previews):
+                sheet.paste(preview, (width * index, 0))
+            with written_whole(folder / f"{stage}-{step + 1:02}.png") as file:
+                sheet.save(file, format="PNG")
+
+        return StepEnd(None, write, ("preview",))
+
+    return writer("c"), writer("b")
 
 
 def write_pictures(out: CascadeOutput, request: Request, path: Path, facts: dict[str, str]) -> list[str]:

@@ -102,6 +102,22 @@ class Preset(Record, frozen=True, kw_only=True):
     decoder: LoopOverrides = LoopOverrides()
 
 
+Factor = Annotated[float, Meta(ge=-1000, le=1000)]
+Rgb = tuple[Factor, Factor, Factor]
+
+
+class PreviewFactors(Record, frozen=True, kw_only=True):
+    """Latents to colours by one matrix, the cheap preview: RGB in 0..1 is ``latents . factors + offset``.
+
+    Attributes:
+        factors: red, green and blue of every latent channel.
+        offset: red, green and blue of zero latents.
+    """
+
+    factors: Annotated[tuple[Rgb, ...], Meta(min_length=1, max_length=64)]
+    offset: Rgb
+
+
 PresetName = Literal["quality", "balanced", "fast"]
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 
@@ -362,6 +378,8 @@ class Manifest(Record, frozen=True, kw_only=True):
         format_version: 2.
         model: the cascade as a whole.
         sampling: defaults of every sampler.
+        previews: of Stage C's (``prior``) and Stage B's (``decoder``) latents; where there are none, only a previewer
+            engine shows Stage C's.
         presets: trades of quality against time; ``quality`` changes nothing and need not be listed.
         tokenizer: None where there is none.
         models: components of the checkpoint.
@@ -374,6 +392,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     model: ModelFacts
     sampling: dict[SamplerName, SamplerPreset]
     presets: dict[PresetName, Preset] = {}
+    previews: dict[Literal["prior", "decoder"], PreviewFactors] = {}
     tokenizer: TokenizerRecord | None = None
     models: dict[ModelName, ModelRecord] = {}
     engines: tuple[EngineRecord, ...] = ()

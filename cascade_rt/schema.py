@@ -52,19 +52,26 @@ def validated(document: Any, kind: type[T], where: str, error: type[E]) -> T:
     except (msgspec.ValidationError, RecursionError) as reason:
         text = str(reason)
     what, _, place = text.partition(" - at ")
-    if place.startswith("`key` in "):
-        what, place = f"a key of this mapping: {what}", place.removeprefix("`key` in ")
-    path = _path(document, kind, place.strip("`") or "$", text)
-    found = _at(document, path)
-    given = "" if found is _MISSING or isinstance(found, dict) else f"; it is {shown(found)}"
+    of_key = place.startswith("`key` in ")
+    path = _path(document, kind, place.removeprefix("`key` in ").strip("`") or "$", text)
+    found, said = _at(document, path), ""
+    if of_key:
+        found = next((key for key in found if _fails_alone(document, path, key, kind, text)), None)
+        said = f"the key {shown(found)}: "
+    elif about := _ABOUT_A_KEY.fullmatch(what):
+        path = f"{path}.{shortened(plain(about[1]))}"
+        found = _at(document, path)
+    given = "" if of_key or found is _MISSING or isinstance(found, dict) else f"; it is {shown(found)}"
+    told = f"{said}{shortened(plain(what), 200)}{given}"
     raise error(
-        f"{plain(where)}: {path.removeprefix('$.').replace('$', 'the document')}: {shortened(plain(what), 200)}{given}",
+        f"{plain(where)}: {path.removeprefix('$.').replace('$', 'the document')}: {told}",
         field=path.removeprefix("$."),
         value=None if found is _MISSING else found,
         accepted=what,
     )
 
 
+_ABOUT_A_KEY = re.compile(r"Object (?:missing required|contains unknown) field `(.*)`", re.DOTALL)
 _MISSING = object()
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\['(.*?)'\]")
 
