@@ -107,7 +107,7 @@ class _Tensors:
 USE_A_FOLDER = "Use --checkpoint with a diffusers folder, whose config.json says it"
 
 STAGE_C_HEADS = {2048: 32, 1536: 24}
-STAGE_B_HEADS = {1280: 20, 1152: 18, 576: 9}
+STAGE_B_HEADS = {1280: 20, 1152: 18}
 TEXT_HEADS = {1280: 20}
 IMAGE_HEADS = {1024: 16}
 """Heads by width in the published networks; in each of them a head is 64 channels wide."""
