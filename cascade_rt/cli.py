@@ -238,7 +238,7 @@ def check_folder(path: Path) -> None:
 
 
 def _preview_writers(folder: Path) -> tuple[StepEnd, StepEnd]:
-    """What writes ``c-01.png``, ``c-02.png``, ... and ``b-01.png``, ... into a folder; several pictures side by side."""
+    """What writes ``c-01.png``, ... and ``b-01.png``, ... into a folder; several pictures stand side by side."""
 
     def writer(stage: str) -> StepEnd:
         def write(_pipe: Any, step: int, _ratio: float, tensors: dict[str, Any]) -> None:

@@ -50,6 +50,18 @@ def _corners(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.in
     return low, np.minimum(low + 1, source - 1), (position - low).astype(np.float32)
 
 
+def colours_of(latents: Array, factors: Array, offset: Array) -> Array:
+    """Latents as colours, ``[B, h, w, 3]`` float32 in 0..1: one matrix, no network.
+
+    Args:
+        latents: ``[B, C, h, w]`` float32.
+        factors: ``[C, 3]`` float32.
+        offset: ``[3]`` float32.
+    """
+    colours: Array = np.clip(latents.transpose(0, 2, 3, 1) @ factors + offset, 0, 1)
+    return colours
+
+
 def crop_center(pixels: Array, height: int, width: int) -> Array:
     """The middle ``height`` x ``width`` of ``[B, H, W, 3]``."""
     top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2

@@ -181,8 +181,13 @@ class CascadePipeline:
             raise refused("request", request, "a cascade_rt.Request")
         return self._runner.plan(request, self._runner.gather(request, Tensors()), "picture")
 
-    def run(self, request: Request) -> CascadeOutput:
+    def run(self, request: Request, prior_end: StepEnd | None = None, end: StepEnd | None = None) -> CascadeOutput:
         """Make what a request asks for.
+
+        Args:
+            request: what.
+            prior_end: told of Stage C's steps.
+            end: told of Stage B's steps.
 
         Raises:
             RequestError: the bundle does not take it.
@@ -192,7 +197,7 @@ class CascadePipeline:
         """
         if not isinstance(request, Request):
             raise refused("request", request, "a cascade_rt.Request")
-        return self._run(request, Tensors(), StepEnd(self.prior), StepEnd(self.decoder))
+        return self._run(request, Tensors(), prior_end or StepEnd(self.prior), end or StepEnd(self.decoder))
 
     def _run(self, request: Request, given: Tensors, prior_end: StepEnd, end: StepEnd) -> CascadeOutput:
         found = self._runner.gather(request, given)

@@ -12,18 +12,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from .backends.base import EngineOptions
 from .bundle import Bundle
 from .conditions import Embeddings, embed_texts, encode_texts, host
 from .errors import BundleError, EngineError, GenerationInterrupted, RequestError, refused, shown
-from .image import crop_center, resize_bilinear, to_pil
+from .files import name_of
+from .image import colours_of, crop_center, resize_bilinear, to_pil
 from .loader import EngineLoader
 from .loop import Context, Denoising, Kept, Step, StepBatch
 from .noise import Noise, PictureNoise
 from .outputs import CascadeOutput, PriorOutput
 from .pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open_picture
-from .plan import InitPlan, LoopPlan, Part, Plan, plan
+from .plan import DenoiserName, InitPlan, LoopPlan, Part, Plan, plan
 from .request import Request, Tensors, as_array, check_tensors
 from .sampling import cosine_alpha_bar, diffuse, timestep_embedding
 from .stages import ENGINES
@@ -34,8 +36,9 @@ Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 EncodeTexts = Callable[[Sequence[str]], tuple[Array, Array]]
 """Texts -> hidden states ``[N, L, E]`` and pooled ``[N, 1, P]``, float32."""
-CALLBACK_TENSORS = ("latents", "x0")
-"""What ``callback_on_step_end_tensor_inputs`` may name; only ``latents`` may be returned changed."""
+CALLBACK_TENSORS = ("latents", "x0", "preview")
+"""What ``callback_on_step_end_tensor_inputs`` may name: arrays, and ``preview``, a list of PIL images; only ``latents``
+may be returned changed."""
 
 
 @dataclass(frozen=True)
@@ -327,6 +330,50 @@ class Runner:
             images = pixels if planned.request.output_type == "np" else to_pil(pixels)
         return CascadeOutput(images, seeds=planned.seeds, timings=timings)
 
+    def preview(self, stage: DenoiserName, x0: Array) -> list[Image]:
+        """What a loop's predicted clean latents look like, one small picture each.
+
+        Stage C's latents are shown by the previewer engine where the bundle has one, at eight times their size; else
+        both stages' by the bundle's preview factors, at the latents' own size.
+
+        Args:
+            stage: whose latents.
+            x0: ``[B, C, h, w]`` float32.
+
+        Raises:
+            BundleError: the bundle has neither.
+        """
+        if stage == "stage_c" and self.engines.manifest.records("previewer"):
+            decoded = host(self.engines.call("previewer", {"latents": np.ascontiguousarray(x0)}), "pixels")
+            return to_pil(np.clip(decoded, 0, 1).transpose(0, 2, 3, 1))
+        factors = self.bundle.manifest.previews.get("prior" if stage == "stage_c" else "decoder")
+        if factors is None or len(factors.factors) != x0.shape[1]:
+            raise BundleError(
+                f"the bundle {name_of(self.bundle.path)} has no preview of {stage}'s latents; for Stage C add one "
+                f"with: {self.bundle.command('previewer')}"
+            )
+        matrix, offset = (np.array(rows, dtype=np.float32) for rows in (factors.factors, factors.offset))
+        return to_pil(colours_of(x0, matrix, offset))
+
+    def _tell(self, end: StepEnd, loop: LoopPlan, denoising: Denoising, step: Step, ratio: float) -> None:
+        """Call the callback, and go on from the latents that it returns, if any."""
+        if end.callback is None:
+            return
+        made: dict[str, Callable[[], Any]] = {
+            "latents": lambda: step.latents,
+            "x0": lambda: step.x0,
+            "preview": lambda: self.preview(loop.stage, step.x0),
+        }
+        changed = end.callback(end.owner, step.index, ratio, {name: made[name]() for name in end.tensors})
+        if changed is None:
+            return
+        if not isinstance(changed, Mapping):
+            raise RequestError(f"a callback returned {type(changed).__name__}; it may return a dict or None")
+        if unknown := [name for name in changed if name not in CALLBACK_TENSORS]:
+            raise RequestError(f"a callback returned {shown(unknown[0])}; it may change latents")
+        if "latents" in changed and changed["latents"] is not step.latents:
+            denoising.replace_latents(as_array("the callback's latents", changed["latents"], step.latents.shape))
+
     def _denoise(self, loop: LoopPlan, denoising: Denoising, context: Context, end: StepEnd) -> Array:
         """A denoiser's loop: ``[B, C, H, W]`` float32."""
         with self.engines.engine(f"{loop.stage}.step") as engine:
@@ -335,7 +382,7 @@ class Runner:
                 self._check_interrupt(denoising)
                 ratio = denoising.ratio
                 (step,) = batch.step()
-                _tell(end, denoising, step, ratio)
+                self._tell(end, loop, denoising, step, ratio)
         return denoising.result
 
     def _context(self, loop: LoopPlan, conditions: Mapping[str, Array]) -> Context:
@@ -401,19 +448,3 @@ def _begin(
         kept=None if init is None or free is None else Kept(latents=init, noise=first, free=free),
         name=loop.stage,
     )
-
-
-def _tell(end: StepEnd, denoising: Denoising, step: Step, ratio: float) -> None:
-    """Call the callback, and go on from the latents that it returns, if any."""
-    if end.callback is None:
-        return
-    tensors = {name: getattr(step, name) for name in end.tensors}
-    changed = end.callback(end.owner, step.index, ratio, tensors)
-    if changed is None:
-        return
-    if not isinstance(changed, Mapping):
-        raise RequestError(f"a callback returned {type(changed).__name__}; it may return a dict or None")
-    if unknown := [name for name in changed if name != "latents" and name not in CALLBACK_TENSORS]:
-        raise RequestError(f"a callback returned {shown(unknown[0])}; it may change latents")
-    if "latents" in changed and changed["latents"] is not step.latents:
-        denoising.replace_latents(as_array("the callback's latents", changed["latents"], step.latents.shape))
