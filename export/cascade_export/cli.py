@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import cascade_rt
-from cascade_rt.bundle import MANIFEST, Bundle
+from cascade_rt.bundle import Bundle
 from cascade_rt.commands import CommandParser, run_command
 from cascade_rt.errors import RequestError
-from cascade_rt.stages import PRECISIONS, STAGES, Precision, Size, StageName
+from cascade_rt.manifest import MANIFEST
+from cascade_rt.stages import PRECISIONS, SIZES, Size, StageName, stage_names
 
 EXAMPLES = """examples:
   cascade-export --stage all --size tiny
@@ -32,13 +32,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--stage",
         action="append",
-        choices=(*STAGES, "all"),
+        choices=(*stage_names(), "all"),
         required=True,
         help="what to export; repeatable; all: everything that the checkpoint has",
     )
-    parser.add_argument(
-        "--size", choices=get_args(Size), help="official size (default: tiny where no checkpoint is named)"
-    )
+    parser.add_argument("--size", choices=SIZES, help="official size (default: tiny where no checkpoint is named)")
     parser.add_argument(
         "--checkpoint",
         metavar="PLACE",
@@ -47,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--precision",
-        choices=PRECISIONS,
+        choices=tuple(PRECISIONS),
         help="of weights and wide activations (default: bf16 for small and big, else fp32)",
     )
     parser.add_argument(
@@ -66,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--shapes",
         default="default",
         metavar="SHAPES",
-        help="sizes that plans take: default (half to one and a half times the bundle's own picture size, "
+        help="sizes that engine files take: default (half to one and a half times the bundle's own picture size, "
         "batch 1 to 8), full (all that the graph takes), square-PIXELS, and AXIS=MIN:OPT:MAX or "
         "ENGINE.AXIS=..., separated by commas, for example square-1024,batch=2:2:4",
     )
@@ -91,34 +89,51 @@ def run(args: argparse.Namespace) -> None:
     try:
         from .checkpoints import open_checkpoint
         from .exporter import export
+        from .job import ExportRequest, own_precision
         from .lora import parse_lora, with_loras
-        from .request import ExportRequest, own_precision
-        from .shapes import parse_shapes
-        from .tensorrt import ONNX, resolve_targets
+        from .shape_options import parse_shapes
+        from .targets import ONNX, resolve_targets
     except ImportError as error:
         raise RequestError(
             f"cascade-export needs {error.name}; install it with: pip install 'cascade-rt[export,onnxruntime]'"
         ) from error
     size: Size | None = args.size if args.size or args.checkpoint else "tiny"
     every = "all" in args.stage
-    stages: tuple[StageName, ...] = STAGES if every else tuple(dict.fromkeys(args.stage))
+    stages: tuple[StageName, ...] = stage_names() if every else tuple(dict.fromkeys(args.stage))
     out = args.out if args.out is not None else Path(f"cascade-{size or 'custom'}")
     targets = resolve_targets(args.target or ["onnx"], args.sm)
     shapes = parse_shapes(args.shapes)
     own = None
     loras = [parse_lora(text) for text in args.lora]
     # a LoRA belongs to the checkpoint's own weights: the bundle's may hold it already
-    if args.checkpoint is None and not loras and ONNX not in targets and (out / MANIFEST).is_file():
-        own = own_precision(Bundle(out), stages)
-    precision: Precision = args.precision or own or ("bf16" if size in ("small", "big") else "fp32")
-    assert precision in get_args(Precision)
-    # plans are added to a bundle from what it holds already, unless another checkpoint is named
+    if args.checkpoint is None and not loras and ONNX not in targets and _is_bundle(out):
+        own = own_precision(Bundle(out).manifest, stages)
+    if args.precision is not None:
+        precision = PRECISIONS[args.precision]
+    else:
+        precision = own or PRECISIONS["bf16" if size in ("small", "big") else "fp32"]
+    # engine files are added to a bundle from what it holds already, unless another checkpoint is named
     checkpoint = with_loras(open_checkpoint(str(out) if own else args.checkpoint, size), loras, stages, print)
     request = ExportRequest(
-        stages, precision, out, every, not args.no_verify, args.overwrite, args.quiet, targets, shapes
+        stages=stages,
+        precision=precision,
+        out=out,
+        skip_absent=every,
+        verify=not args.no_verify,
+        overwrite=args.overwrite,
+        quiet=args.quiet,
+        targets=targets,
+        shapes=shapes,
     )
     bundle = export(checkpoint, request, print)
     print(f"bundle: {bundle.path}")
+
+
+def _is_bundle(out: Path) -> bool:
+    try:
+        return (out / MANIFEST).is_file()
+    except (OSError, ValueError):  # a name that is too long, or none that the system takes: `export` says so
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -160,9 +160,9 @@ def _denoiser_cases(
     schedule = make_schedule("original", 5, shift=2.0)
     conditions = COMPONENTS[context.model].samples(context, config, rng)
     if "effnet" in conditions:  # smaller than the grid: the host's resize is compared too
-        conditions["effnet"] = conditions["effnet"][..., 1:, 1:]
+        conditions["effnet"] = np.ascontiguousarray(conditions["effnet"][..., 1:, 1:])
     conditions |= _step_conditions(context, step, rng)
-    tensors = {name: torch.from_numpy(a.copy()) for name, a in conditions.items()}
+    tensors = {name: torch.from_numpy(a) for name, a in conditions.items()}
     by_engine = predict_by_engines(specs, module, run, schedule, conditions)
     by_module = predict_by_module(module, schedule, tensors)
     latents = rng.standard_normal(latents_shape(specs, 2), dtype=np.float32)
@@ -290,7 +290,7 @@ def predict_by_engines(
     feeds: dict[str, Array] = {t.name: conditions[t.name] for t in context_spec.inputs if t.name in conditions}
     if "effnet" in feeds:
         height, width = (side // config.patch_size for side in latents_shape(specs, 1)[-2:])
-        feeds["effnet"] = resize_bilinear(feeds["effnet"], height, width)
+        feeds["effnet"] = np.ascontiguousarray(resize_bilinear(feeds["effnet"], height, width))
     feeds["timestep_embedding"] = timestep_embedding(schedule.ratios, config.timestep_ratio_embedding_dim)
     context = run(context_spec.name, feeds)
     extra = {t.name: conditions[t.name] for t in step_spec.inputs if t.name in conditions}
