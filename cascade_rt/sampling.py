@@ -22,7 +22,7 @@ from .errors import RequestError, refused, shown
 
 Array = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-SamplerName = Literal["original", "diffusers"]
+SamplerName = Literal["original", "diffusers", "lcm"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
@@ -67,10 +67,11 @@ def make_schedule(
     """The schedule of a loop from noise, or from latents that were noised to time ``start``.
 
     Args:
-        sampler: ``original`` or ``diffusers``.
+        sampler: ``original``; ``diffusers``; or ``lcm``, for weights that were tuned for consistency: every step
+            predicts the clean latents and noises them anew.
         steps: number of network calls, 1..1000.
         prediction_type: what the network predicts; a fact of the checkpoint.
-        shift: ``original`` only: the log-SNR is moved by ``2 ln(1 / shift)``.
+        shift: ``original`` and ``lcm`` only: the log-SNR is moved by ``2 ln(1 / shift)``.
         scaler: ``diffusers`` only: warps the ratios.
         s: offset of the cosine schedule.
         start: time at which the loop begins, above 0 and up to 1, which is pure noise.
@@ -83,14 +84,16 @@ def make_schedule(
     if prediction_type not in PREDICTION_TYPES:
         accepted = ", ".join(PREDICTION_TYPES)
         raise RequestError(f"prediction type {shown(prediction_type)} is not known; accepted: {accepted}")
-    if sampler == "original":
-        return _original(steps, prediction_type, shift, s, start)
+    if sampler in ("original", "lcm"):
+        return _original(steps, prediction_type, shift, s, start, anew=sampler == "lcm")
     if sampler == "diffusers":
         return _diffusers(steps, prediction_type, scaler, s, start)
     raise RequestError(f"sampler {shown(sampler)} is not known; accepted: {', '.join(SAMPLERS)}", field="sampler")
 
 
-def _original(steps: int, prediction_type: PredictionType, shift: float, s: float, start: float) -> Schedule:
+def _original(
+    steps: int, prediction_type: PredictionType, shift: float, s: float, start: float, anew: bool
+) -> Schedule:
     alpha_bar = _cosine_alpha_bar(np.linspace(start, 0.0, steps + 1), s)
     limits = [math.log(a / (1 - a)) for a in ALPHA_RANGE]
     log_snr = np.clip(np.log(alpha_bar / (1 - alpha_bar)) + 2 * math.log(1 / shift), limits[0], limits[1])
@@ -98,7 +101,7 @@ def _original(steps: int, prediction_type: PredictionType, shift: float, s: floa
     smallest = math.cos(s / (1 + s) * math.pi / 2) ** 2
     ratios = np.arccos(np.sqrt(alpha_bar * smallest)) / (math.pi / 2) * (1 + s) - s
     noise = np.ones(steps)
-    return _schedule(np.clip(ratios[:-1], 0, 1), alpha_bar, noise, prediction_type, returns_x0=True)
+    return _schedule(np.clip(ratios[:-1], 0, 1), alpha_bar, noise, prediction_type, returns_x0=True, anew=anew)
 
 
 def _diffusers(steps: int, prediction_type: PredictionType, scaler: float, s: float, start: float) -> Schedule:
@@ -109,7 +112,7 @@ def _diffusers(steps: int, prediction_type: PredictionType, scaler: float, s: fl
     elif scaler < 1:
         warped = ratios**scaler
     noise = (ratios[1:] != 0).astype(np.float64)
-    return _schedule(ratios[:-1], _cosine_alpha_bar(warped, s), noise, prediction_type, returns_x0=False)
+    return _schedule(ratios[:-1], _cosine_alpha_bar(warped, s), noise, prediction_type, returns_x0=False, anew=False)
 
 
 def _torch_linspace(start: float, count: int) -> Float64:
@@ -130,15 +133,24 @@ def _cosine_alpha_bar(t: Float64, s: float) -> Float64:
 
 
 def _schedule(
-    ratios: Float64, alpha_bar: Float64, noise: Float64, prediction_type: PredictionType, returns_x0: bool
+    ratios: Float64,
+    alpha_bar: Float64,
+    noise: Float64,
+    prediction_type: PredictionType,
+    *,
+    returns_x0: bool,
+    anew: bool,
 ) -> Schedule:
     """Turn ``alpha_bar`` ``[T + 1]`` into the tables: ancestral sampling, i.e. DDIM with eta = 1.
 
     x_next = a' x0 + sqrt(b'^2 - sigma^2) eps + sigma z, sigma = (b' / b) sqrt(1 - a^2 / a'^2)
+
+    ``anew``: all of the noise is fresh: x_next = a' x0 + b' z. Matches: ``LCMSampler`` of the authors' ``gdf``, and
+    "Latent Consistency Models" (arXiv 2310.04378), algorithm 3.
     """
     a, b = np.sqrt(alpha_bar[:-1]), np.sqrt(1 - alpha_bar[:-1])
     a_next, b_next = np.sqrt(alpha_bar[1:]), np.sqrt(1 - alpha_bar[1:])
-    sigma = b_next / b * np.sqrt(np.maximum(1 - (a / a_next) ** 2, 0))
+    sigma = b_next if anew else b_next / b * np.sqrt(np.maximum(1 - (a / a_next) ** 2, 0))
     direction = np.sqrt(np.maximum(b_next**2 - sigma**2, 0))
     one, zero = np.ones_like(a), np.zeros_like(a)
     # (x0, eps) as weights of (latents, prediction)
