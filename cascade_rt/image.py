@@ -80,26 +80,38 @@ _EXIF_DESCRIPTION = 0x010E
 _QUALITY = 95
 
 
-def encode_picture(image: Image.Image, ending: str, request: str, facts: Mapping[str, str]) -> bytes:
+def encode_picture(
+    image: Image.Image,
+    ending: str,
+    request: str | None,
+    facts: Mapping[str, str],
+    *,
+    quality: int = _QUALITY,
+    compress_level: int = 6,
+) -> bytes:
     """The bytes of a picture file that carries the request that made it.
 
     Args:
         image: RGB.
         ending: a key of `FORMATS`.
-        request: `Request.to_json`; a PNG has it as a text chunk, the others as EXIF's ImageDescription.
+        request: `Request.to_json`; a PNG has it as a text chunk, the others as EXIF's ImageDescription. None: left out.
         facts: other text chunks, PNG only.
+        quality: of JPEG and WebP, 0..100.
+        compress_level: of PNG, 0..9: more takes longer and gives smaller files.
     """
     made = io.BytesIO()
     kind = FORMATS[ending]
+    own = {} if request is None else {REQUEST_KEY: request}
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
-        for key, value in {REQUEST_KEY: request, **facts}.items():
+        for key, value in {**own, **facts}.items():
             info.add_itxt(key, value)
-        image.save(made, format=kind, pnginfo=info)
+        image.save(made, format=kind, pnginfo=info, compress_level=compress_level)
     else:
         exif = Image.Exif()
-        exif[_EXIF_DESCRIPTION] = json.dumps({REQUEST_KEY: json.loads(request)})  # ASCII, as EXIF wants it
-        image.save(made, format=kind, exif=exif, quality=_QUALITY)
+        if request is not None:
+            exif[_EXIF_DESCRIPTION] = json.dumps({REQUEST_KEY: json.loads(request)})  # ASCII, as EXIF wants it
+        image.save(made, format=kind, exif=exif, quality=quality)
     return made.getvalue()
 
 
