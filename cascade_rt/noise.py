@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_SEED = 2**64 - 1
-NoiseKind = Literal["torch-cpu", "torch-cuda"]
-"""Whose random numbers a seed stands for."""
+NoiseKind = Literal["torch-cpu", "torch-cuda", "notebook"]
+"""Whose random numbers a seed stands for. ``notebook``: what the authors' notebooks draw on a GPU, the first latents of
+each stage from the CPU's generator and the noise of every step from CUDA's."""
 
 
 class Noise(Protocol):
@@ -26,11 +27,6 @@ class Noise(Protocol):
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Standard normal numbers of ``shape``, float32."""
         ...
-
-
-def make_noise(kind: NoiseKind, seed: int) -> Noise:
-    """Open the noise source of one seed, 0..2**64-1."""
-    return NOISE_KINDS[kind](seed)
 
 
 class PictureNoise:
@@ -49,13 +45,23 @@ class PictureNoise:
         """
         if len(seeds) not in (1, pictures):
             raise ValueError(f"{len(seeds)} seeds for {pictures} pictures")
-        self._sources = [make_noise(kind, seed) for seed in seeds]
+        first, steps = SOURCES[kind]
+        self._first: list[Noise] = [first(seed) for seed in seeds]
+        self._steps: list[Noise] = self._first if first is steps else [steps(seed) for seed in seeds]
+
+    def initial(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """The latents that a loop begins with, ``[B, ...]`` float32, standard normal."""
+        return _drawn(self._first, shape)
 
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Standard normal numbers ``[B, ...]``, float32."""
-        if len(self._sources) == 1:
-            return self._sources[0].normal(shape)
-        return np.concatenate([source.normal((1, *shape[1:])) for source in self._sources])
+        """The noise of a step, ``[B, ...]`` float32, standard normal."""
+        return _drawn(self._steps, shape)
+
+
+def _drawn(sources: Sequence[Noise], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    if len(sources) == 1:
+        return sources[0].normal(shape)
+    return np.concatenate([source.normal((1, *shape[1:])) for source in sources])
 
 
 class TorchCPU:
@@ -165,4 +171,9 @@ def _curand_normal4(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
     return np.stack([radius * _rounded(np.sin, v), radius * _rounded(np.cos, v)], axis=1).reshape(4, -1)
 
 
-NOISE_KINDS: dict[NoiseKind, type[TorchCPU] | type[TorchCUDA]] = {"torch-cpu": TorchCPU, "torch-cuda": TorchCUDA}
+SOURCES: dict[NoiseKind, tuple[type[TorchCPU] | type[TorchCUDA], type[TorchCPU] | type[TorchCUDA]]] = {
+    "torch-cpu": (TorchCPU, TorchCPU),
+    "torch-cuda": (TorchCUDA, TorchCUDA),
+    "notebook": (TorchCPU, TorchCUDA),
+}
+"""Kind -> what draws first latents, and what draws the noise of steps."""

@@ -266,8 +266,8 @@ class CascadePipeline:
             callback_on_step_end: called after each Stage B step.
             callback_on_step_end_tensor_inputs: what it gets.
             seed: 0..2**64-1: stands for ``generator``; several: one for every picture. None is a new one every time.
-            noise: ``torch-cpu`` or ``torch-cuda``: whose random numbers a seed stands for; None: the CPU's, or those
-                of the generator's device.
+            noise: ``torch-cpu``, ``torch-cuda`` or ``notebook``: whose random numbers a seed stands for; None: the CPU's,
+                or those of the generator's device.
             sampler: ``original`` or ``diffusers``.
             preset: ``quality``, ``balanced`` or ``fast``: what is not given here.
             image_embeds: ``[1, n, I]`` CLIP image embeddings, instead of ``images``.

@@ -22,7 +22,7 @@ from .files import name_of
 from .image import colours_of, crop_center, resize_bilinear, to_pil
 from .loader import EngineLoader
 from .loop import Context, Denoising, Kept, Step, StepBatch
-from .noise import Noise, PictureNoise
+from .noise import PictureNoise
 from .outputs import CascadeOutput, PriorOutput
 from .pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open_picture
 from .plan import DenoiserName, InitPlan, LoopPlan, Part, Plan, plan
@@ -240,7 +240,9 @@ class Runner:
             texts = self.embed(planned, given, timings)
             return self._decode(planned, given, embeddings, texts, noise, end, timings)
 
-    def begin_prior(self, planned: Plan, given: Tensors, texts: Embeddings, noise: Noise) -> tuple[Denoising, Context]:
+    def begin_prior(
+        self, planned: Plan, given: Tensors, texts: Embeddings, noise: PictureNoise
+    ) -> tuple[Denoising, Context]:
         """Stage C's loop at its beginning, and what its step engine is told beside the latents.
 
         Args:
@@ -268,7 +270,7 @@ class Runner:
         return denoising, self._context(loop, conditions)
 
     def begin_decoder(
-        self, planned: Plan, given: Tensors, image_embeddings: Array, texts: Embeddings, noise: Noise
+        self, planned: Plan, given: Tensors, image_embeddings: Array, texts: Embeddings, noise: PictureNoise
     ) -> tuple[Denoising, Context]:
         """Stage B's loop at its beginning; arguments as in `begin_prior`.
 
@@ -294,7 +296,7 @@ class Runner:
         planned: Plan,
         given: Tensors,
         texts: Embeddings,
-        noise: Noise,
+        noise: PictureNoise,
         end: StepEnd,
         timings: dict[str, float],
     ) -> Array:
@@ -313,7 +315,7 @@ class Runner:
         given: Tensors,
         image_embeddings: Array,
         texts: Embeddings,
-        noise: Noise,
+        noise: PictureNoise,
         end: StepEnd,
         timings: dict[str, float],
     ) -> CascadeOutput:
@@ -425,7 +427,12 @@ class Runner:
 
 
 def _begin(
-    loop: LoopPlan, given: Array | None, noise: Noise, init: Array | None, free: Array | None, start: float | None
+    loop: LoopPlan,
+    given: Array | None,
+    noise: PictureNoise,
+    init: Array | None,
+    free: Array | None,
+    start: float | None,
 ) -> Denoising:
     """A loop at its beginning; initial noise is drawn only where none is given.
 
@@ -437,7 +444,7 @@ def _begin(
         free: mask of what is drawn, the rest being kept from ``init``; None: everything is drawn.
         start: time to which ``init`` is noised, and from which the loop goes on; None: it begins at pure noise.
     """
-    first = noise.normal(loop.latents) if given is None else given
+    first = noise.initial(loop.latents) if given is None else given
     begun = first if init is None or start is None else diffuse(init, first, cosine_alpha_bar(start))
     return Denoising(
         schedule=loop.schedule,

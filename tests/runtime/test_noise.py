@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cascade_rt import RequestError
-from cascade_rt.noise import TorchCPU, TorchCUDA, make_noise
+from cascade_rt import Request, RequestError
+from cascade_rt.noise import PictureNoise, TorchCPU, TorchCUDA
 
 # torch.manual_seed(0); torch.randn(12, device="cuda")
 CUDA_SEED_0 = [
@@ -34,7 +34,7 @@ def test_cpu_matches_torch_with_a_tail() -> None:
 
 @pytest.mark.parametrize("kind", ["torch-cpu", "torch-cuda"])
 def test_calls_go_on_and_seeds_differ(kind: str) -> None:
-    source, again, other = (make_noise(kind, seed) for seed in (7, 7, 8))
+    source, again, other = (PictureNoise(kind, (seed,), 2) for seed in (7, 7, 8))  # type: ignore[arg-type]
     first, second = source.normal((2, 4, 16, 16)), source.normal((2, 4, 16, 16))
     assert not np.array_equal(first, second)
     np.testing.assert_array_equal(first, again.normal((2, 4, 16, 16)))
@@ -50,10 +50,25 @@ def test_cuda_beyond_one_launch_has_no_repeats() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True, "0"])
 def test_bad_seeds_are_named(seed: object) -> None:
-    with pytest.raises(RequestError, match=r"seed .* integer from 0 to"):
-        make_noise("torch-cpu", seed)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="integer from 0 to"):
+        Request(prompt="x", seeds=(seed,))  # type: ignore[arg-type]
 
 
 def test_unknown_kind_lists_the_known() -> None:
-    with pytest.raises(RequestError, match="torch-cpu, torch-cuda"):
-        make_noise("numpy", 0)
+    with pytest.raises(RequestError, match="torch-cpu, torch-cuda, notebook"):
+        Request(prompt="x", noise="numpy")  # type: ignore[arg-type]
+
+
+def test_a_notebook_begins_on_the_cpu_and_goes_on_with_cuda() -> None:
+    """Two stages: first latents of both from one CPU stream, steps of both from one CUDA stream."""
+    notebook, cpu, cuda = PictureNoise("notebook", (7,), 1), TorchCPU(7), TorchCUDA(7)
+    for shape in ((1, 16, 6, 6), (1, 4, 64, 64)):
+        np.testing.assert_array_equal(notebook.initial(shape), cpu.normal(shape))
+        np.testing.assert_array_equal(notebook.normal(shape), cuda.normal(shape))
+        np.testing.assert_array_equal(notebook.normal(shape), cuda.normal(shape))
+
+
+def test_several_seeds_draw_apart() -> None:
+    both = PictureNoise("torch-cpu", (1, 2), 2).normal((2, 4, 8, 8))
+    for index, seed in enumerate((1, 2)):
+        np.testing.assert_array_equal(both[index], TorchCPU(seed).normal((1, 4, 8, 8))[0])
