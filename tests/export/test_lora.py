@@ -19,7 +19,7 @@ from cascade_export.checkpoints import open_checkpoint
 from cascade_export.lora import Lora, LoraCheckpoint, parse_lora
 from cascade_rt import CheckpointError, RequestError
 from cascade_rt.bundle import Bundle
-from cascade_rt.commands import main_info
+from cascade_rt.entry import main_info
 from cascade_rt.errors import MissingCheckpointError
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -116,7 +116,7 @@ def write(tensors: dict[str, torch.Tensor], path: Path, **metadata: str) -> Path
 
 
 def folded(folder: Path, *loras: Lora, component: str = "stage_c") -> dict[str, torch.Tensor]:
-    found = LoraCheckpoint(open_checkpoint(str(folder), None), loras).component(component)
+    found = LoraCheckpoint(open_checkpoint(str(folder), None), loras).network(component)
     assert found is not None
     assert found.weights is not None
     return {name: found.weights.read(name) for name in found.weights.shapes}
@@ -194,7 +194,7 @@ def refuse(tensors: dict[str, torch.Tensor], folder: Path, tmp_path: Path, **met
     with pytest.raises(CheckpointError) as error:
         folded(folder, Lora(file))
     message = str(error.value)
-    assert message.startswith("style.safetensors")
+    assert "style.safetensors" in message
     assert "\n" not in message
     return message
 
@@ -226,7 +226,44 @@ def test_what_does_not_fit_is_named(folder: Path, pairs: Pairs, tmp_path: Path) 
     for odd in ({"prior.alpha_pattern": {"a": 1}}, {"prior.use_rslora": True}):
         told = {"lora_adapter_metadata": json.dumps(odd)}
         assert "not supported" in refuse(peft(pairs, 1), folder, tmp_path, **told)
-    assert "cannot be read" in refuse(peft(pairs, 1), folder, tmp_path, lora_adapter_metadata="{")
+    assert "is not readable JSON" in refuse(peft(pairs, 1), folder, tmp_path, lora_adapter_metadata="{")
+    assert "a JSON object is needed" in refuse(peft(pairs, 1), folder, tmp_path, lora_adapter_metadata="[1]")
+    for odd in (True, "3", None, [1], 10**40):
+        told = {"lora_adapter_metadata": json.dumps({"prior.lora_alpha": odd})}
+        message = refuse(peft(pairs, 1), folder, tmp_path, **told)
+        assert "a number is needed" in message or "is not readable JSON" in message, message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda up, down: {up: torch.zeros(8, RANK, dtype=torch.int64)}, "is I64; weights are"),
+        (lambda up, down: {down: torch.zeros(RANK, 8, dtype=torch.bool)}, "is BOOL; weights are"),
+        (lambda up, down: {down: torch.zeros(RANK, 8, dtype=torch.complex64)}, "is C64; weights are"),
+        (lambda up, down: {down: torch.zeros(RANK, 8).to(torch.float8_e4m3fn)}, "without a scale"),
+        (lambda up, down: {down: torch.zeros(())}, "its first axis is the rank"),
+        (lambda up, down: {down: torch.zeros(9000, 1), up: torch.zeros(1, 9000)}, "the rank, from 1 to 8192"),
+        (lambda up, down: {down.replace("lora_down.weight", "lora_A.weight"): torch.zeros(RANK, 8)}, "has both"),
+        (lambda up, down: {down.replace("lora_down.weight", "alpha"): torch.tensor(True)}, "must be one number"),
+        (lambda up, down: {down.replace("lora_down.weight", "alpha"): torch.tensor(float("inf"))}, "alpha of inf"),
+        (lambda up, down: {down.replace("lora_down.weight", "alpha"): torch.tensor(1e38)}, "NaN or infinity"),
+        (lambda up, down: {"\x1b[31mred": torch.zeros(1)}, "\\x1b[31mred"),
+    ],
+)  # fmt: skip
+def test_damaged_tensors_are_named(
+    folder: Path, pairs: Pairs, tmp_path: Path, message: str, change: Callable[[str, str], dict[str, torch.Tensor]]
+) -> None:
+    good = {key: 30 * tensor for key, tensor in kohya(pairs, 1).items()}
+    up = next(name for name in good if name.endswith("lora_up.weight"))
+    said = refuse(good | change(up, up.replace("lora_up", "lora_down")), folder, tmp_path)
+    assert message in said
+    assert "\x1b" not in said
+    assert len(said) < 500
+
+
+def test_alpha_may_be_an_integer(folder: Path, prior: dict[str, torch.Tensor], pairs: Pairs, tmp_path: Path) -> None:
+    tensors = {k: t.to(torch.int64) if k.endswith("alpha") else t for k, t in kohya(pairs, 2).items()}
+    assert_folded(folded(folder, Lora(write(tensors, tmp_path / "a.safetensors"))), prior, pairs, 2 / RANK)
 
 
 def test_what_is_typed(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
@@ -244,6 +281,13 @@ def test_what_is_typed(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
         parse_lora(str(tmp_path / "cut.safetensors"))
     with pytest.raises(MissingCheckpointError, match="pickle"):
         parse_lora("style.pt:0.5")
+    for place in ("x" * 5000, "a\0b", "~nobody_of_this_name/a.safetensors"):
+        with pytest.raises(CheckpointError) as error:
+            parse_lora(place)
+        assert len(str(error.value)) < 400
+    (tmp_path / "pipe.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        parse_lora(str(tmp_path / "pipe.safetensors"))
 
 
 def test_the_command(
