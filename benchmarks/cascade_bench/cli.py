@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from cascade_rt.backends import PROVIDERS, engine_runtime, resolve_provider
 from cascade_rt.commands import CommandParser, run_command
 from cascade_rt.errors import EngineError, RequestError
 from cascade_rt.paths import cache_dir
-from cascade_rt.stages import PRECISIONS, Precision, Size, StageName
+from cascade_rt.stages import PRECISIONS, Size, StageName
 
 ENGINES_OF = {
     "text": ("text_encoder",),
@@ -90,7 +90,7 @@ def make_parser() -> CommandParser:
     )
     add(
         "--precision",
-        type=names(PRECISIONS),
+        type=names(tuple(PRECISIONS)),
         default=["fp32"],
         help=f"of everyone: {', '.join(PRECISIONS)} (default: fp32)",
     )
@@ -144,8 +144,8 @@ def race(arguments: argparse.Namespace) -> None:
     }
     wanted = arguments.stage or ["text", "c", "b", "a", "picture"]
     engines = [stage for stage in wanted if stage in ENGINES_OF]
-    plans = tuple(p for p in arguments.provider if engine_runtime(p) != "onnx" and _at_hand(p))
-    bundles: dict[Precision, Path] = {}
+    runtimes = tuple(engine_runtime(p) for p in arguments.provider if engine_runtime(p) != "onnx" and _at_hand(p))
+    bundles: dict[str, Path] = {}
     exports: list[Export] = []
     rows: list[Row] = []
 
@@ -155,7 +155,7 @@ def race(arguments: argparse.Namespace) -> None:
 
     stages = list(dict.fromkeys(s for stage in engines for s in _NEEDS[stage]))
     for precision in dict.fromkeys(arguments.precision):
-        bundles[precision], made = prepare(arguments.work, arguments.size, precision, stages, plans)
+        bundles[precision], made = prepare(arguments.work, arguments.size, precision, stages, runtimes)
         exports += made
     facts["exports"] = [asdict(export) for export in exports]
     jobs = make_jobs(arguments, engines, {p: str(b) for p, b in bundles.items()})
@@ -177,7 +177,7 @@ def race(arguments: argparse.Namespace) -> None:
 
 
 def _at_hand(provider: str) -> bool:
-    """Whether plans for it are worth building; its rows say why not otherwise."""
+    """Whether engine files for it are worth building; its rows say why not otherwise."""
     try:
         resolve_provider(provider)
     except EngineError:
@@ -185,7 +185,7 @@ def _at_hand(provider: str) -> bool:
     return True
 
 
-def make_jobs(arguments: argparse.Namespace, engines: Sequence[str], bundles: dict[Precision, str]) -> list[Any]:
+def make_jobs(arguments: argparse.Namespace, engines: Sequence[str], bundles: Mapping[str, str]) -> list[Any]:
     """Every racer of every task; PyTorch before ours, so that a row's rival is loaded when memory is short."""
     from cascade_bench.jobs import CONTEXTS, HOST, OURS, Job, device_of
 
@@ -199,10 +199,24 @@ def make_jobs(arguments: argparse.Namespace, engines: Sequence[str], bundles: di
             for batch in arguments.batch or [2 if what.startswith("stage_c") or what == HOST else 1]:
                 for side in pixels:
                     for precision, bundle in bundles.items():
-                        task = (size, batch, side, tuple(arguments.steps), bundle, arguments.threads)
                         rivals = [] if what in CONTEXTS or what == HOST else peers
-                        jobs += [Job(what, peer, d, precision, *task) for d in devices for peer in rivals]
-                        jobs += [Job(what, OURS, p, precision, *task) for p in arguments.provider]
+                        racers = [(peer, device) for device in devices for peer in rivals]
+                        racers += [(OURS, provider) for provider in arguments.provider]
+                        jobs += [
+                            Job(
+                                what=what,
+                                peer=peer,
+                                provider=provider,
+                                precision=precision,
+                                size=size,
+                                batch=batch,
+                                pixels=side,
+                                steps=(arguments.steps[0], arguments.steps[1]),
+                                bundle=bundle,
+                                threads=arguments.threads,
+                            )
+                            for peer, provider in racers
+                        ]
     return jobs
 
 

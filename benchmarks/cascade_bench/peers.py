@@ -7,6 +7,7 @@ in NumPy, as in the loop.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 import warnings
@@ -18,14 +19,25 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_bench.jobs import CONTEXTS, HOST, OURS, PICTURE, PROMPT, SEED, STEPS, Job
+from cascade_bench.jobs import (
+    CONTEXTS,
+    HOST,
+    OURS,
+    PICTURE,
+    PROMPT,
+    SEED,
+    STEPS,
+    Feeds,
+    Job,
+    context_feeds,
+    stage_of,
+    step_feeds,
+)
 from cascade_rt import CascadePipeline
-from cascade_rt.backends import DeviceTensor, Engine, Value, engine_runtime, open_engine, resolve_provider
+from cascade_rt.backends import BoundEngine, DeviceTensor, EngineOptions, Value, engine_runtime
 from cascade_rt.bundle import Bundle, find_bundle
-from cascade_rt.image import resize_bilinear
-from cascade_rt.sampling import timestep_embedding
-
-Feeds = Mapping[str, NDArray[Any]]
+from cascade_rt.loader import EngineLoader
+from cascade_rt.stages import PRECISIONS
 
 
 class SkipError(Exception):
@@ -60,40 +72,35 @@ class Peer(ABC):
 # --- ours ---------------------------------------------------------------
 
 
+def _threads(job: Job) -> int | None:
+    """Threads within an operator; providers of the GPU take none."""
+    return job.threads if job.device == "cpu" else None
+
+
 class OurEngine(Peer):
     """One engine; of a denoiser's step, with the context that was computed once beforehand."""
 
     def __init__(self, job: Job, feeds: Feeds) -> None:
         super().__init__(job, feeds)
-        provider = resolve_provider(job.provider)
-        threads = job.threads if job.device == "cpu" else None
+        # in low-memory mode an engine is closed where its `with` ends: a step does not have its context's memory
+        self._loader = EngineLoader(
+            self.bundle, job.provider, low_memory=True, options=EngineOptions(threads=_threads(job))
+        )
+        self._open = contextlib.ExitStack()
+        self._run: BoundEngine
+        if job.what not in STEPS:
+            self._hot = context_feeds(self.bundle, stage_of(job.what), feeds) if job.what in CONTEXTS else dict(feeds)
+            self._run = self._bound({})
+            return
+        stage = stage_of(job.what)
+        with self._loader.engine(f"{stage}.context") as once:
+            context = cast("dict[str, DeviceTensor]", once.bind({})(context_feeds(self.bundle, stage, feeds)))
+            self._run = self._bound(context)
+        self._hot = step_feeds(feeds)
 
-        def engine(name: str) -> Engine:
-            return open_engine(self.bundle, name, provider, threads)
-
-        stage = job.what.partition(".")[0]
-        if job.what in (*STEPS, *CONTEXTS):
-            conditions = self._conditions(stage)
-            if job.what in CONTEXTS:
-                self._hot: Feeds = conditions
-                self._run = engine(job.what).bind({})
-                return
-            with engine(f"{stage}.context") as once:
-                context = cast("dict[str, DeviceTensor]", once.bind({})(conditions))
-                self._run = engine(job.what).bind(context)
-            self._hot = {"latents": feeds["latents"], "step": np.array([0])}
-        else:
-            self._hot = feeds
-            self._run = engine(job.what).bind({})
-
-    def _conditions(self, stage: str) -> Feeds:
-        config = self.bundle.manifest.models[stage].config
-        conditions = {n: x for n, x in self.feeds.items() if n not in ("latents", "ratio")}
-        if "effnet" in conditions:
-            side = self.feeds["latents"].shape[2] // int(config["patch_size"])
-            conditions["effnet"] = resize_bilinear(conditions["effnet"], side, side)
-        embedding = timestep_embedding(self.feeds["ratio"][:1], int(config["timestep_ratio_embedding_dim"]))
-        return {"timestep_embedding": embedding, **conditions}
+    def _bound(self, constants: Mapping[str, DeviceTensor]) -> BoundEngine:
+        """The job's engine, which stays open as long as this process."""
+        return self._open.enter_context(self._loader.engine(self.job.what)).bind(constants)
 
     def call(self) -> None:  # noqa: D102
         self._made: Mapping[str, Value] = self._run(self._hot)
@@ -110,8 +117,7 @@ class OurPicture(Peer):
 
     def __init__(self, job: Job, feeds: Feeds) -> None:
         super().__init__(job, feeds)
-        threads = job.threads if job.device == "cpu" else None
-        self._pipe = CascadePipeline(self.bundle, job.provider, threads=threads)
+        self._pipe = CascadePipeline.from_pretrained(job.bundle, job.provider, threads=_threads(job))
         self._pipe.set_progress_bar_config(disable=True)
 
     def call(self) -> None:  # noqa: D102
@@ -139,8 +145,7 @@ class OurPriorLoop(Peer):
         super().__init__(job, feeds)
         if engine_runtime(job.provider) != "onnx":
             raise SkipError("the host share is measured with ONNX Runtime and OpenVINO")
-        threads = job.threads if job.device == "cpu" else None
-        self._pipe = CascadePipeline(self.bundle, job.provider, threads=threads)
+        self._pipe = CascadePipeline.from_pretrained(job.bundle, job.provider, threads=_threads(job))
         self._pipe.set_progress_bar_config(disable=True)
         self._in_engines = 0.0
         self._watch_engines()
@@ -188,6 +193,8 @@ class OurPriorLoop(Peer):
         return self._made
 
     def extras(self) -> dict[str, float]:  # noqa: D102
+        if self._in_engines == 0:
+            raise RuntimeError("no call of the runtime was seen; the host share cannot be told")
         return {"host_share": 1 - self._in_engines / self._seconds}
 
 
@@ -215,7 +222,7 @@ def torch_module(bundle: Bundle, component: str, dtype: Any, device: str) -> Any
 
     record = bundle.manifest.models[component]
     if record.weights is None:
-        raise SkipError(f"the bundle holds only plans of {component}, no weights")
+        raise SkipError(f"the bundle holds only TensorRT engine files of {component}, no weights")
     config = {k: v for k, v in record.config.items() if not k.startswith("_")}
     with torch.device("meta"):
         if component in ("stage_c", "stage_b"):
@@ -255,8 +262,7 @@ class TorchPeer(Peer):
         self.torch.set_num_threads(job.threads)
         self.torch.set_float32_matmul_precision("highest")
         self.device = job.provider
-        names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-        self.dtype = getattr(self.torch, names[job.precision])
+        self.dtype = getattr(self.torch, PRECISIONS[job.precision].compute)
 
     def compiled(self, module: Any) -> Any:
         """The module, compiled if the job says so.

@@ -8,7 +8,6 @@ and its row says with which group it ran.
 from __future__ import annotations
 
 import json
-import os
 import selectors
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from cascade_bench.jobs import HOST, OURS, PICTURE, Job, draw
 from cascade_bench.prepare import bundle_folder
+from cascade_bench.processes import environment
 from cascade_bench.roofline import Roof, Work
 from cascade_rt.bundle import find_bundle
 
@@ -36,7 +36,7 @@ _ROOM = {OURS: 2.3, "eager": 1.6, "compile": 2.8, "compile-max-autotune": 2.8}
 _FIXED_BYTES = 1.5e9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the result; None is "not measured". Times in seconds, memory in MiB.
 
@@ -77,7 +77,7 @@ class RacerError(Exception):
     """A racer is out; the message is the reason."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Racer:
     """A running process and what it said."""
 
@@ -142,27 +142,28 @@ def _ask(process: subprocess.Popen[str], deed: str, limit: float) -> dict[str, A
     return said
 
 
-def start(job: Job, feeds_file: Path, folder: Path, limit: float) -> Racer:
+def start(job: Job, feeds_file: Path, folder: Path, limit: float, checkout: Path | None = None) -> Racer:
     """Starts a racer: loads it and makes the first calls.
+
+    Args:
+        job: who runs what; its bundle by an absolute path where a checkout is given.
+        feeds_file: the tensors of the task, as `draw` made them.
+        folder: for what the racers leave behind; they are started there where a checkout is given.
+        limit: seconds that a load or a call may take.
+        checkout: whose code the racer runs; None is what is installed.
 
     Raises:
         RacerError: it cannot run.
     """
     answer_file = folder / f"answer-{time.monotonic_ns()}.npy"
-    environment = {
-        **os.environ,
-        "CASCADE_BENCH_STARTED": repr(time.time()),
-        "OMP_NUM_THREADS": str(job.threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     process = subprocess.Popen(
         [sys.executable, "-m", "cascade_bench.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=environment,
+        cwd=None if checkout is None else folder,
+        env=environment(job.threads, checkout) | {"CASCADE_BENCH_STARTED": repr(time.time())},
     )
     try:
         assert process.stdin is not None
@@ -171,7 +172,15 @@ def start(job: Job, feeds_file: Path, folder: Path, limit: float) -> Racer:
         load_s = float(_ask(process, "load", limit)["seconds"])
         first = _ask(process, "call", limit)
         first_s = float(first["seconds"])
-        racer = Racer(job, process, answer_file, load_s, first_s, first["peak_mib"], first["own_mib"])
+        racer = Racer(
+            job=job,
+            process=process,
+            answer_file=answer_file,
+            load_s=load_s,
+            first_s=first_s,
+            peak_mib=first["peak_mib"],
+            own_mib=first["own_mib"],
+        )
         for _ in range(_WARM_CALLS - 1):
             racer.call(limit)
     except BaseException:
@@ -247,8 +256,8 @@ def _race_task(
             _take_turns(running, rows, repeats, limit, bar)
             for racer in running:
                 if rows[racer.job].skipped is None:
-                    rows[racer.job] = replace(_figures(racer, work[racer.job], roofs), group=group)
-                    answers |= _answer(racer, limit)
+                    rows[racer.job] = replace(figures(racer, work[racer.job], roofs), group=group)
+                    answers |= answer_of(racer, limit)
                 bar.update()
         finally:
             for racer in running:
@@ -277,18 +286,26 @@ def _fits(job: Job) -> bool:
     component = job.what.partition(".")[0]
     if component in manifest.models:
         names = {manifest.models[component].weights or ""}
-    weights = sum(manifest.files[name]["bytes"] for name in names if name in manifest.files)
+    weights = sum(manifest.files[name].bytes for name in names if name in manifest.files)
     return bool(psutil.virtual_memory().available > _ROOM[job.peer] * weights + _FIXED_BYTES)
 
 
 def _blank(job: Job) -> Row:
-    steps = job.steps if job.what in (PICTURE, HOST) else None
     return Row(
-        job.what, job.size, job.peer, job.provider, job.precision, job.batch, job.pixels, steps, threads=job.threads
+        what=job.what,
+        size=job.size,
+        peer=job.peer,
+        provider=job.provider,
+        precision=job.precision,
+        batch=job.batch,
+        pixels=job.pixels,
+        steps=job.steps if job.what in (PICTURE, HOST) else None,
+        threads=job.threads,
     )
 
 
-def _figures(racer: Racer, work: Work | None, roofs: dict[str, Roof]) -> Row:
+def figures(racer: Racer, work: Work | None, roofs: dict[str, Roof]) -> Row:
+    """The row of a racer that has made its calls, without what takes a rival."""
     job = racer.job
     p10, median, p90 = (float(x) for x in np.percentile(racer.seconds, (10, 50, 90)))
     roof = roofs.get(job.device)
@@ -309,11 +326,12 @@ def _figures(racer: Racer, work: Work | None, roofs: dict[str, Roof]) -> Row:
     )
 
 
-def _answer(racer: Racer, limit: float) -> dict[Job, NDArray[np.float32]]:
+def answer_of(racer: Racer, limit: float) -> dict[Job, NDArray[np.float32]]:
+    """What a racer's last call made, under its job; nothing for a context, whose answer is not on the host."""
     try:
         _ask(racer.process, "answer", limit)
     except RacerError:
-        return {}  # a context, which has no answer on the host
+        return {}
     return {racer.job: np.load(racer.answer_file)}
 
 
@@ -367,7 +385,7 @@ def _reference(job: Job, feeds_file: Path, folder: Path, limit: float) -> NDArra
         print(f"no fp32 reference for {job.what}: {error}", file=sys.stderr)
         return None
     try:
-        return _answer(racer, limit).get(racer.job)
+        return answer_of(racer, limit).get(racer.job)
     finally:
         racer.stop()
 

@@ -16,6 +16,7 @@ import psutil
 
 from cascade_bench.jobs import OURS
 from cascade_bench.race import Row
+from cascade_rt.files import written_whole
 
 _PACKAGES = (
     "cascade-rt",
@@ -87,9 +88,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The checkout's commit, with a + if files differ from it; None outside of one."""
-    here = Path(__file__).parent
+def commit(folder: Path | None = None) -> str | None:
+    """A checkout's commit, with a + if files differ from it; None outside of one.
+
+    Args:
+        folder: of the checkout; None is where this file lies.
+    """
+    here = folder or Path(__file__).parent
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
@@ -108,14 +113,18 @@ def document(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
-    """Writes a result whole or not at all."""
-    beside = path.with_name(path.name + ".part")
+    """Write a result whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    beside.replace(path)
+    with written_whole(path) as file:
+        file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _seconds(value: float | None) -> str:
+def seconds_text(value: float | None) -> str:
+    """A time for people."""
     if value is None:
         return ""
     return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
@@ -140,9 +149,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ratio = "" if row["ratio_to_eager"] is None else f"{row['ratio_to_eager']:.2f}"
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         peak += "" if row["own_mib"] is None else f" ({row['own_mib']:.0f})"
-        spread = f"{_seconds(row['median_s'])} ({_seconds(row['p10_s'])} - {_seconds(row['p90_s'])})"
+        spread = f"{seconds_text(row['median_s'])} ({seconds_text(row['p10_s'])} - {seconds_text(row['p90_s'])})"
         note = f" {row['skipped']}" if row["skipped"] else ""
-        load, first = _seconds(row["load_s"]), _seconds(row["first_s"])
+        load, first = seconds_text(row["load_s"]), seconds_text(row["first_s"])
         lines.append(f"{head} {spread}{note} | {ratio} | {share} | {error} | {peak} | {load} | {first} |")
     return "\n".join(lines)
 

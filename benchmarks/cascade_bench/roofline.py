@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from cascade_bench.jobs import Job
+from cascade_bench.jobs import CONTEXTS, STEPS, TASKS, Feeds, Job, context_feeds, draw, step_feeds
+from cascade_rt.stages import ITEM_SIZE, PRECISIONS, EngineSpec
 
 _SIDE = {"cpu": 3072, "cuda": 8192}
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Work:
         """The least time it can take; None if the machine was not measured in this precision."""
         if precision not in roof.flops:
             return None
-        return max(self.flops / roof.flops[precision], self.parameters * _BYTES[precision] / roof.bytes)
+        return max(
+            self.flops / roof.flops[precision], self.parameters * ITEM_SIZE[PRECISIONS[precision].weights] / roof.bytes
+        )
 
 
 def measure(device: str, threads: int, precisions: list[str]) -> Roof:
@@ -55,7 +57,6 @@ def measure(device: str, threads: int, precisions: list[str]) -> Roof:
     import torch
 
     torch.set_num_threads(threads)
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
     def best(work: Callable[[], object]) -> float:
         seconds = []
@@ -70,7 +71,7 @@ def measure(device: str, threads: int, precisions: list[str]) -> Roof:
     side = _SIDE[device]
     flops = {}
     for precision in precisions:
-        a = torch.randn(side, side, device=device).to(dtypes[precision])
+        a = torch.randn(side, side, device=device).to(getattr(torch, PRECISIONS[precision].compute))
         flops[precision] = 2 * side**3 / best(partial(torch.mm, a, a, out=torch.empty_like(a)))
     source = torch.ones(_COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -82,49 +83,40 @@ def count(job: Job) -> Work | None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cascade_bench.jobs import TASKS, draw
-    from cascade_export.graphs import CALLS
-    from cascade_export.models import build_model
+    from cascade_export.catalog import build_model, call_of
     from cascade_rt.bundle import find_bundle
 
     if job.what not in TASKS:
         return None
     bundle = find_bundle(job.bundle)
-    component = job.what.partition(".")[0]
-    feeds = draw(bundle, job.what, job.batch, job.pixels)
+    spec = bundle.engine(job.what, "onnx").spec
+    drawn = draw(bundle, job.what, job.batch, job.pixels)
     with torch.device("meta"):
-        module = build_model(component, dict(bundle.manifest.models[component].config))
-    sizes = {name: torch.empty(x.shape, dtype=torch.from_numpy(x).dtype, device="meta") for name, x in feeds.items()}
-    if component in ("stage_c", "stage_b"):
-        return _count_denoiser(job.what, module, sizes)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.inference_mode():
-        CALLS[job.what](module, sizes)
-    return Work(counter.get_total_flops(), sum(p.numel() for p in module.parameters()))
+        module = build_model(spec.model, bundle.manifest.models[spec.model].config)
+
+    def sizes(feeds: Feeds) -> dict[str, Any]:
+        return {n: torch.empty(x.shape, dtype=torch.from_numpy(x).dtype, device="meta") for n, x in feeds.items()}
+
+    def counted(engine: EngineSpec, feeds: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        counter = FlopCounterMode(display=False)
+        with counter, torch.inference_mode():
+            made = call_of(engine)(module, feeds)
+        return counter.get_total_flops(), {t.name: x for t, x in zip(engine.outputs, made, strict=True)}
+
+    if job.what not in (*STEPS, *CONTEXTS):
+        flops, _ = counted(spec, sizes(drawn))
+        return Work(flops, sum(p.numel() for p in module.parameters()))
+    context = bundle.engine(f"{spec.model}.context", "onnx").spec
+    flops, constants = counted(context, sizes(context_feeds(bundle, spec.model, drawn)))
+    if job.what in CONTEXTS:
+        return Work(flops, 0.0)
+    flops, _ = counted(spec, sizes(step_feeds(drawn)) | constants)
+    return Work(flops, sum(p.numel() for name, p in module.named_parameters() if in_step(name)))
 
 
-def _count_denoiser(what: str, module: Any, sizes: dict[str, Any]) -> Work:
-    import torch
-    import torch.nn.functional as F
-    from torch.utils.flop_counter import FlopCounterMode
-
-    latents, ratio = sizes.pop("latents"), sizes.pop("ratio")
-    if "effnet" in sizes:
-        grid = [s // module.config.patch_size for s in latents.shape[2:]]
-        sizes["effnet"] = F.interpolate(sizes["effnet"], size=grid)
-    embedding = torch.empty(1, module.config.timestep_ratio_embedding_dim, device="meta")
-    counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), counter:
-        context = module.context(timestep_embedding=embedding, **sizes)
-    if not what.endswith("step"):
-        return Work(counter.get_total_flops(), 0.0)
-    counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), counter:
-        module.step(latents, torch.zeros(1, dtype=torch.int64, device="meta"), context)
-    del ratio
-    # mappers, and keys and values of conditions, belong to the context
-    hot = sum(p.numel() for n, p in module.named_parameters() if "mapper" not in n or "repeat" in n)
-    return Work(counter.get_total_flops(), hot)
+def in_step(parameter: str) -> bool:
+    """Whether a denoiser's step reads a parameter: what maps conditions and timesteps belongs to the context."""
+    return "mapper" not in parameter or "repeat" in parameter
 
 
 def ask(jobs: list[Job], devices: list[str], threads: int) -> tuple[dict[str, Roof], list[Work | None]]:

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from packaging.requirements import Requirement
@@ -21,9 +23,12 @@ from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
 from cascade_bench.jobs import OURS, PROMPT
+from cascade_bench.processes import environment
 from cascade_bench.race import Row
 from cascade_rt.bundle import Bundle
 from cascade_rt.errors import CascadeError
+
+T = TypeVar("T")
 
 _IMPORTS = {
     (OURS, "import cascade_rt"): "import cascade_rt",
@@ -31,6 +36,7 @@ _IMPORTS = {
     ("eager", "import StableCascadeCombinedPipeline"): "from diffusers import StableCascadeCombinedPipeline",
 }
 _PACKAGES = ("cascade_rt", "cascade_export", "cascade_tiny", "cascade_bench")
+_OUR_ENTRY = [sys.executable, "-c", "from cascade_rt.entry import main_run; raise SystemExit(main_run())"]
 _TIMED = "import time; t = time.perf_counter()\n{code}\nprint(time.perf_counter() - t)"
 _THEIR_SCRIPT = """
 import sys
@@ -44,65 +50,124 @@ pipe(sys.argv[2], **options, decoder_guidance_scale=0.0).images[0].save(sys.argv
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A command whose process is timed.
+
+    Attributes:
+        command: its words.
+        environment: of the process.
+        says_seconds: its last line on standard output is what counts; else the time of the whole process.
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    says_seconds: bool = False
+
+
+def time_starts(
+    starts: Mapping[T, Start], repeats: int, folder: Path, bar: Any
+) -> tuple[dict[T, list[float]], dict[T, str]]:
+    """Start processes in turns.
+
+    Args:
+        starts: what to start.
+        repeats: timed starts of each; one before them fills the system's cache and is not counted.
+        folder: where they are started, and where what they print is kept.
+        bar: a progress bar, which gets an update a turn.
+
+    Returns:
+        Seconds of each, and for those that failed the last line that they printed.
+    """
+    seconds: dict[T, list[float]] = {key: [] for key in starts}
+    failed: dict[T, str] = {}
+    for turn in range(repeats + 1):
+        for key, start in list(starts.items())[:: 1 if turn % 2 else -1]:
+            if key in failed:
+                continue
+            taken, reason = _timed_start(start, folder)
+            if reason is not None:
+                failed[key] = reason
+            elif turn:
+                seconds[key].append(taken)
+        bar.update()
+    return seconds, failed
+
+
+def _timed_start(start: Start, folder: Path) -> tuple[float, str | None]:
+    """Seconds, and why it failed, if it did."""
+    with (folder / "output").open("w+") as output, (folder / "errors").open("w+") as errors:
+        started = time.perf_counter()
+        done = subprocess.run(
+            start.command, env=dict(start.environment), cwd=folder, stdout=output, stderr=errors, check=False
+        )
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            errors.seek(0)
+            return seconds, (errors.read().strip().splitlines() or ["it failed"])[-1]
+        if start.says_seconds:
+            output.seek(0)
+            seconds = float(output.read().strip().splitlines()[-1])
+    return seconds, None
+
+
+def import_start(code: str, environment: Mapping[str, str]) -> Start:
+    """A fresh interpreter that times an import statement."""
+    command = [sys.executable, "-c", _TIMED.format(code=code)]
+    return Start(command=command, environment=environment, says_seconds=True)
+
+
+def picture_start(entry: Sequence[str], bundle: Path, picture: Path, environment: Mapping[str, str]) -> Start:
+    """``cascade-run``, from starting the process to a PNG on disk."""
+    words = [PROMPT, "--bundle", str(bundle), "--seed", "0", "--provider", "cpu", "--sampler", "diffusers"]
+    return Start(command=[*entry, *words, "-o", str(picture)], environment=environment)
+
+
 def imports(repeats: int, quiet: bool) -> list[Row]:
     """Seconds of an import statement in a fresh interpreter, files in the system's cache."""
-    commands = {key: [sys.executable, "-c", _TIMED.format(code=code)] for key, code in _IMPORTS.items()}
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in commands}
-    failed: dict[tuple[str, str], str] = {}
-    for _ in tqdm(range(repeats + 1), desc="imports", disable=True if quiet else None, leave=False):
-        for key, command in commands.items():
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                failed[key] = (done.stderr.strip().splitlines() or ["it failed"])[-1]
-            else:
-                seconds[key].append(float(done.stdout.strip().splitlines()[-1]))
-    rows = []
-    for (peer, what), seen in seconds.items():
-        row = Row(what, "", peer, "cpu", "fp32")
-        if (peer, what) in failed:
-            rows.append(replace(row, skipped=failed[peer, what]))
-        else:
-            rows.append(_timed(row, seen[1:]))  # the first fills the system's cache
-    return rows
+    with tempfile.TemporaryDirectory(prefix="cascade-bench-") as name, _bar(repeats, "imports", quiet) as bar:
+        folder = Path(name)
+        told = environment(os.cpu_count() or 1)
+        starts = {key: import_start(code, told) for key, code in _IMPORTS.items()}
+        seconds, failed = time_starts(starts, repeats, folder, bar)
+    return [
+        _row(
+            Row(what=what, size="", peer=peer, provider="cpu", precision="fp32"),
+            seconds[peer, what],
+            failed.get((peer, what)),
+        )
+        for peer, what in _IMPORTS
+    ]
 
 
 def cold_start(bundle: Bundle, repeats: int, threads: int, quiet: bool) -> list[Row]:
     """Seconds from starting a process to a PNG on disk, tiny, 20 + 10 steps, fp32 on the CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    with tempfile.TemporaryDirectory(prefix="cascade-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="cascade-bench-") as name, _bar(repeats, "cold start", quiet) as bar:
         folder = Path(name)
-        ours = Row("cold_start", "tiny", OURS, "cpu", "fp32", 1, 256, (20, 10), threads)
-        theirs = replace(ours, peer="eager")
-        entry = "from cascade_rt.commands import main_run; raise SystemExit(main_run())"
-        commands = {
-            OURS: [
-                *(sys.executable, "-c", entry, PROMPT, "--bundle", str(bundle.path), "--seed", "0"),
-                *("--provider", "cpu", "--sampler", "diffusers", "-o", str(folder / "ours.png")),
-            ],
-            "eager": [
-                *(sys.executable, "-c", _THEIR_SCRIPT, str(folder / "checkpoint"), PROMPT, str(folder / "theirs.png"))
-            ],
-        }
+        told = environment(threads)
+        checkpoint = folder / "checkpoint"
+        starts = {OURS: picture_start(_OUR_ENTRY, bundle.path, folder / "ours.png", told)}
         failed: dict[str, str] = {}
         try:
-            _save(bundle, folder / "checkpoint")
+            _save(bundle, checkpoint)
+            theirs = [sys.executable, "-c", _THEIR_SCRIPT, str(checkpoint), PROMPT, str(folder / "theirs.png")]
+            starts["eager"] = Start(command=theirs, environment=told)
         except Exception as error:  # a missing library is an entry in the table
             failed["eager"] = str(error)
-        seconds: dict[str, list[float]] = {OURS: [], "eager": []}
-        for _ in tqdm(range(repeats + 1), desc="cold start", disable=True if quiet else None, leave=False):
-            for peer, command in commands.items():
-                if peer in failed:
-                    continue
-                taken, reason = _whole_process(command, environment, folder / "said")
-                seconds[peer].append(taken)
-                if reason is not None:
-                    failed[peer] = reason
-        rows = []
-        for row in (ours, theirs):
-            if row.peer in failed:
-                rows.append(replace(row, skipped=failed[row.peer]))
-            else:
-                rows.append(_timed(row, seconds[row.peer][1:]))
+        seconds, not_started = time_starts(starts, repeats, folder, bar)
+    failed |= not_started
+    blank = Row(
+        what="cold_start",
+        size="tiny",
+        peer=OURS,
+        provider="cpu",
+        precision="fp32",
+        batch=1,
+        pixels=256,
+        steps=(20, 10),
+        threads=threads,
+    )
+    rows = [_row(replace(blank, peer=peer), seconds.get(peer, []), failed.get(peer)) for peer in (OURS, "eager")]
     medians = {row.peer: row.median_s for row in rows}
     return [
         replace(row, ratio_to_eager=medians["eager"] / row.median_s if medians["eager"] and row.median_s else None)
@@ -110,24 +175,22 @@ def cold_start(bundle: Bundle, repeats: int, threads: int, quiet: bool) -> list[
     ]
 
 
-def _whole_process(command: list[str], environment: dict[str, str], log: Path) -> tuple[float, str | None]:
-    """Seconds, and why it failed, if it did."""
-    with log.open("w") as said:
-        started = time.perf_counter()
-        code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=said, check=False).returncode
-        seconds = time.perf_counter() - started
-    return seconds, (log.read_text().strip().splitlines() or ["it failed"])[-1] if code else None
+def _bar(repeats: int, what: str, quiet: bool) -> Any:
+    return tqdm(total=repeats + 1, desc=what, disable=True if quiet else None, leave=False)
+
+
+def _row(row: Row, seconds: Sequence[float], failed: str | None) -> Row:
+    """A row with its times, or with the reason why there are none."""
+    if failed is not None:
+        return replace(row, skipped=failed)
+    p10, median, p90 = (float(x) for x in np.percentile(seconds, (10, 50, 90)))
+    return replace(row, repeats=len(seconds), median_s=median, p10_s=p10, p90_s=p90)
 
 
 def _save(bundle: Bundle, folder: Path) -> None:
     from cascade_bench.peers import save_torch_pipeline
 
     save_torch_pipeline(bundle, folder)
-
-
-def _timed(row: Row, seconds: list[float]) -> Row:
-    p10, median, p90 = (float(x) for x in np.percentile(seconds, (10, 50, 90)))
-    return replace(row, repeats=len(seconds), median_s=median, p10_s=p10, p90_s=p90)
 
 
 def _folder(package: str) -> str:

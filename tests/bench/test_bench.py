@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
-from cascade_bench import cli, jobs, race, report, roofline
+from cascade_bench import cli, jobs, peers, race, report, roofline
 from cascade_bench.jobs import OURS, Job
+from cascade_rt import loop
 from cascade_rt.bundle import find_bundle
 
 # what the contract promises of every row
@@ -24,8 +30,19 @@ KEYS = {
 
 
 def job(what: str, peer: str = OURS, **changes: Any) -> Job:
-    shipped = str(find_bundle(None).path)
-    return replace(Job(what, peer, "cpu", "fp32", "tiny", 1, 64, (2, 1), shipped, 1), **changes)
+    made = Job(
+        what=what,
+        peer=peer,
+        provider="cpu",
+        precision="fp32",
+        size="tiny",
+        batch=1,
+        pixels=64,
+        steps=(2, 1),
+        bundle=str(find_bundle(None).path),
+        threads=1,
+    )
+    return replace(made, **changes)
 
 
 def run(*rivals: Job, repeats: int = 2) -> list[race.Row]:
@@ -68,9 +85,14 @@ def test_both_sides_compute_the_same(result: dict[str, Any]) -> None:
     assert eager["ratio_to_eager"] == 1
 
 
-def test_shares_of_the_roofline_are_shares(result: dict[str, Any]) -> None:
-    shares = [row["roofline_share"] for row in result["rows"] if row["what"] == "stage_a.decode"]
-    assert all(0 < share < 1 for share in shares)
+def test_shares_of_the_roofline_are_the_least_time_over_the_time_taken(result: dict[str, Any]) -> None:
+    """From the roof in the result and from operations that are counted here, on the exported graph."""
+    roof = roofline.Roof(**result["roofline"]["cpu"])
+    operations = graph_operations("stage_a.decode", {"batch": 1, "height": 64, "width": 64})
+    rows = [row for row in result["rows"] if row["what"] == "stage_a.decode"]
+    assert [row["pixels"] for row in rows] == [256, 256]
+    for row in rows:
+        assert row["roofline_share"] == pytest.approx(operations / roof.flops["fp32"] / row["median_s"], rel=0.01)
     assert all(row["roofline_share"] is None for row in result["rows"] if row["what"] == "picture")
 
 
@@ -129,11 +151,59 @@ def test_contexts_are_timed_for_us_alone() -> None:
 def test_the_host_share_of_a_loop_is_measured(provider: str) -> None:
     if provider == "openvino" and importlib.util.find_spec("openvino") is None:
         pytest.skip("openvino is not installed")
-    (loop,) = run(job(jobs.HOST, batch=2, provider=provider), repeats=1)
-    assert loop.skipped is None
-    assert loop.host_share is not None
-    assert 0 < loop.host_share < 0.9
-    assert loop.steps == (2, 1)
+    (row,) = run(job(jobs.HOST, batch=2, provider=provider), repeats=1)
+    assert row.skipped is None
+    assert row.host_share is not None
+    assert 0 < row.host_share < 0.9
+    assert row.steps == (2, 1)
+
+
+PAUSE = 0.2
+
+
+def slowed(work: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **options: Any) -> Any:
+        time.sleep(PAUSE)
+        return work(*args, **options)
+
+    return run
+
+
+def host_loop(steps: int) -> peers.OurPriorLoop:
+    asked = job(jobs.HOST, batch=2, steps=(steps, 1))
+    made = peers.OurPriorLoop(asked, jobs.draw(find_bundle(None), jobs.HOST, 2, 64))
+    made.call()  # the first call loads the engines
+    made.call()
+    return made
+
+
+@pytest.fixture
+def original_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that is watched replaces these methods; the test ends with those of ONNX Runtime."""
+    for name in ("run_with_ort_values", "run_with_iobinding"):
+        monkeypatch.setattr(onnxruntime.InferenceSession, name, getattr(onnxruntime.InferenceSession, name))
+
+
+@pytest.mark.usefixtures("original_calls")
+def test_the_host_share_grows_with_the_hosts_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "denoise_step", slowed(loop.denoise_step))
+    # two steps, each with a pause of the host, beside engines that take milliseconds
+    assert host_loop(2).extras()["host_share"] > 0.8
+
+
+@pytest.mark.usefixtures("original_calls")
+def test_the_host_share_does_not_count_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = onnxruntime.InferenceSession
+    for name in ("run_with_ort_values", "run_with_iobinding"):
+        monkeypatch.setattr(session, name, slowed(getattr(session, name)))
+    # the context and two steps, each with a pause in the engine, beside a host that takes milliseconds
+    assert host_loop(2).extras()["host_share"] < 0.2
+
+
+def test_a_host_share_without_a_call_of_an_engine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.OurPriorLoop, "_watch_engines", lambda self: None)
+    with pytest.raises(RuntimeError, match="no call of the runtime was seen"):
+        host_loop(1).extras()
 
 
 def test_error_is_taken_in_float64_and_refuses_what_is_not_finite() -> None:
@@ -148,21 +218,72 @@ def test_error_is_taken_in_float64_and_refuses_what_is_not_finite() -> None:
         race.relative_error(a[:3], a)
 
 
-def test_work_is_counted_on_the_hot_step_alone() -> None:
-    step, context = (roofline.count(job(what, batch=2)) for what in ("stage_c.step", "stage_c.context"))
-    assert step is not None
-    assert context is not None
-    config = find_bundle(None).manifest.models["stage_c"].config
-    widths = config["block_out_channels"]
-    # one 1x1 convolution of the first block alone, width -> 4 x width over the 2 x 2 latents of two rows
-    assert step.flops > 2 * 2 * 4 * widths[0] * 4 * widths[0]
-    assert 0 < step.parameters < 2_458_096
-    assert context.flops > 0
+def graph_operations(engine: str, sizes: dict[str, int]) -> float:
+    """Floating-point operations of the products and convolutions in an engine's ONNX graph, for named sizes.
+
+    Shapes are those that ONNX Runtime makes: an independent count, which knows nothing of the network's definition.
+    """
+    bundle = find_bundle(None)
+    record = bundle.engine(engine, "onnx")
+    graph = onnx.load(bundle.path / record.file)
+    inner = {name for node in graph.graph.node for name in node.output}
+    there = {value.name for value in graph.graph.output}
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(inner - there))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
+    feeds = {t.name: np.zeros(t.shape(sizes), t.dtype) for t in record.spec.inputs}
+    names = [output.name for output in session.get_outputs()]
+    shapes = dict(zip(names, (np.shape(x) for x in session.run(names, feeds)), strict=True))
+    shapes |= {name: x.shape for name, x in feeds.items()}
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.graph.initializer}
+    operations = 0.0
+    for node in graph.graph.node:
+        made = math.prod(shapes[node.output[0]]) if node.output else 0
+        if node.op_type == "MatMul":
+            operations += 2 * made * shapes[node.input[0]][-1]
+        elif node.op_type == "Gemm":
+            transposed = next((a.i for a in node.attribute if a.name == "transA"), 0)
+            operations += 2 * made * shapes[node.input[0]][0 if transposed else 1]
+        elif node.op_type == "Conv":
+            operations += 2 * made * math.prod(shapes[node.input[1]][1:])
+        elif node.op_type == "ConvTranspose":
+            operations += 2 * math.prod(shapes[node.input[0]]) * math.prod(shapes[node.input[1]][1:])
+    return operations
+
+
+@pytest.mark.parametrize(
+    ("what", "sizes"),
+    [
+        ("stage_c.step", {"batch": 2, "height": 6, "width": 6, "steps": 1, "condition_tokens": 32}),
+        ("stage_b.step", {"batch": 2, "height": 64, "width": 64, "steps": 1}),
+        ("stage_a.decode", {"batch": 2, "height": 64, "width": 64}),
+    ],
+)
+def test_work_is_what_the_exported_graph_asks_for(what: str, sizes: dict[str, int]) -> None:
+    """So what is the same for all steps is not in a step's work."""
+    work = roofline.count(job(what, batch=2, pixels=256))
+    assert work is not None
+    assert work.flops == graph_operations(what, sizes)
+
+
+def test_the_weights_of_a_step_are_those_that_its_graph_reads() -> None:
+    bundle = find_bundle(None)
+    for stage in ("stage_c", "stage_b"):
+        work = roofline.count(job(f"{stage}.step", batch=2, pixels=256))
+        graph = onnx.load(bundle.path / bundle.engine(f"{stage}.step", "onnx").file, load_external_data=False)
+        read = sum(math.prod(tensor.dims) for tensor in graph.graph.initializer if tensor.external_data)
+        assert work is not None
+        assert work.parameters == pytest.approx(read, rel=0.01)
+
+
+def test_the_least_time_is_that_of_the_operations_or_of_the_weights_bytes() -> None:
+    work = roofline.Work(flops=6e9, parameters=1e9)
+    roof = roofline.Roof(flops={"fp32": 3e9, "bf16": 1e18}, bytes=4e9)
+    assert work.seconds(roof, "fp32") == pytest.approx(2)
+    assert work.seconds(roof, "bf16") == pytest.approx(0.5)  # two bytes a weight
+    assert work.seconds(roof, "fp16") is None
     assert roofline.count(job(jobs.PICTURE)) is None
-    roof = roofline.Roof({"fp32": step.flops / 2, "bf16": 1e18}, step.parameters * 4)
-    assert step.seconds(roof, "fp32") == pytest.approx(2)
-    assert step.seconds(roof, "bf16") == pytest.approx(0.5)  # bound by its weights' bytes
-    assert step.seconds(roof, "fp16") is None
 
 
 def test_engines_on_the_cpu_share_its_roofline_whatever_runs_them() -> None:
@@ -176,7 +297,18 @@ def test_engines_on_the_cpu_share_its_roofline_whatever_runs_them() -> None:
 
 
 def test_the_table_keeps_losing_and_skipped_rows() -> None:
-    won = race.Row("stage_c.step", "small", OURS, "cpu", "fp32", 2, 1024, median_s=1.5, p10_s=1.4, p90_s=1.6)
+    won = race.Row(
+        what="stage_c.step",
+        size="small",
+        peer=OURS,
+        provider="cpu",
+        precision="fp32",
+        batch=2,
+        pixels=1024,
+        median_s=1.5,
+        p10_s=1.4,
+        p90_s=1.6,
+    )
     lost = replace(won, median_s=30.0, p10_s=29.0, p90_s=31.0, ratio_to_eager=0.31, rel_error=1.2e-6)
     gone = replace(won, peer="compile", median_s=None, skipped="no compiler")
     text = report.table([asdict(row) for row in (won, lost, gone)])
