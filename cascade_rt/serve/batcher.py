@@ -1,0 +1,807 @@
+"""Pictures of several people through the same engine calls, batched anew between every two steps.
+
+One thread runs all engines. The work of every picture is a chain of tasks: its texts are encoded, Stage C's loop runs,
+then Stage B's, then Stage A decodes. Tasks that may share engine calls stand in one `Group`: the same bundle, stage and
+size of latents. A turn of a group is one engine call for as many of its tasks as fit. Before each turn tasks join and
+leave, so that nobody waits for the end of another's loop, and what nobody waits for any more leaves within one step.
+
+Fairness: within a group tasks join in the order in which they came. Between groups the next turn goes to the group that
+has used the least engine time for each task that it served. So while M tasks are served, a group that serves m of them
+gets m / M of the engine's time, to within one turn: a rare size is not starved by a popular one. A task waits for at
+most the tasks of its group that came before it; the number of pictures is bounded (`Limits.pictures`), and so is the
+wait.
+
+Admission: a task joins where its rows fit into a call (`Limits.rows`, and what the engine takes) and its context
+tensors into the memory that contexts may take (`Limits.context_bytes`); a group without members takes one task
+whatever its size, so that everything that a plan accepts is drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.base import Engine
+from ..conditions import Embeddings, embed_texts
+from ..errors import CascadeError, EngineError
+from ..loop import Context, Denoising, Step, StepBatch
+from ..noise import PictureNoise
+from ..plan import LoopPlan, Plan
+from ..request import LoopSettings, Request, Tensors
+from ..runner import Runner
+from ..stages import ITEM_SIZE, EngineSpec
+from .metrics import Metrics
+from .orders import (
+    BusyError,
+    CancelledOrderError,
+    Event,
+    Failed,
+    Finished,
+    Order,
+    Preview,
+    UnavailableError,
+    UnknownModelError,
+    single,
+)
+
+Array = NDArray[np.float32]
+Tell = Callable[[Event], None]
+"""Told of an order's events, on the engine thread; it returns at once."""
+LOG = logging.getLogger("cascade_rt.serve")
+RETRY_SECONDS = (1.0, 60.0)
+"""Least and most that a client is asked to wait; above 120 s OpenAI's client does not try again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a batcher takes.
+
+    Attributes:
+        rows: of one engine call; a picture takes one, with guidance two. One picture is always taken.
+        pictures: that wait or are drawn, at most; further ones are refused.
+        context_bytes: of the context tensors of the pictures that are drawn together.
+    """
+
+    rows: int = 16
+    pictures: int = 64
+    context_bytes: int = 4 << 30
+
+
+@dataclass(eq=False, kw_only=True)
+class Asked:
+    """An order that was taken on.
+
+    Attributes:
+        order: what is asked for.
+        given: the pictures that the request brings along, opened.
+        texts: what the encoders made of the request; None until they have.
+    """
+
+    order: Order
+    given: Tensors
+    texts: Embeddings | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class Picture:
+    """One picture of an order on its way.
+
+    Attributes:
+        asked: the order that it belongs to.
+        index: of the picture in the order.
+        planned: of this picture alone.
+        tell: told of what becomes of it.
+        deadline: of `time.monotonic`.
+        seconds: what passed in every part.
+    """
+
+    asked: Asked
+    index: int
+    planned: Plan
+    tell: Tell
+    deadline: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cancelled = False
+        self.over = False
+        self.previewed = -1
+        self.noise = PictureNoise(self.planned.request.noise, self.planned.seeds, 1)
+        self._since = time.monotonic()
+
+    @property
+    def order(self) -> Order:
+        """The order that it belongs to."""
+        return self.asked.order
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.over or self.cancelled or time.monotonic() > self.deadline
+
+    def note(self, part: str) -> None:
+        """Note the time since the last note as that of a part."""
+        now = time.monotonic()
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._since, 4)
+        self._since = now
+
+    def preview(self, index: int, pixels: Array) -> None:
+        """Tell of an unfinished picture, unless a later one was told of already."""
+        if not self.gone and index > self.previewed:
+            self.previewed = index
+            self.tell(Preview(picture=self.index, index=index, pixels=as_bytes(pixels)))
+
+    def finish(self, pixels: Array) -> None:
+        """Tell of the finished picture."""
+        self.over = True
+        self.tell(Finished(picture=self.index, pixels=as_bytes(pixels), seconds=self.seconds))
+
+    def fail(self, error: Exception) -> None:
+        """Tell that it comes to nothing; once."""
+        if not self.over:
+            self.over = True
+            self.tell(Failed(error=error))
+
+
+def as_bytes(pixels: Array) -> NDArray[np.uint8]:
+    """``[H, W, 3]`` float32 in 0..1 -> uint8, as `image.to_pil` rounds."""
+    return (pixels * 255).round().astype(np.uint8)
+
+
+class Group:
+    """Tasks that share engine calls."""
+
+    def __init__(self, name: str, runner: Runner, metrics: Metrics, limits: Limits) -> None:
+        """Begin without tasks.
+
+        Args:
+            name: of the stage, for metrics.
+            runner: whose engines run.
+            metrics: told of every call.
+            limits: of a call.
+        """
+        self.name = name
+        self.runner = runner
+        self.metrics = metrics
+        self.limits = limits
+        self.used = 0.0
+        """Engine time that it used, for each task that it served; see the module's docstring."""
+
+    def __len__(self) -> int:
+        """How many tasks it has."""
+        raise NotImplementedError
+
+    def leave_gone(self) -> None:
+        """Let go of tasks that nobody waits for."""
+        raise NotImplementedError
+
+    def turn(self) -> int:
+        """Make one engine call for as many tasks as fit; how many there were.
+
+        What fails is told to the tasks' pictures.
+        """
+        raise NotImplementedError
+
+    def pictures(self) -> list[Picture]:
+        """Whose tasks these are."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False, kw_only=True)
+class Once:
+    """A task of one engine call: texts that are encoded, or latents that are decoded.
+
+    Attributes:
+        picture: whose it is.
+        value: what the call is given.
+        then: gets what came out.
+    """
+
+    picture: Picture
+    value: Any
+    then: Callable[[Any], None]
+
+
+class OnceGroup(Group):
+    """Tasks that are done with one call."""
+
+    def __init__(
+        self,
+        name: str,
+        runner: Runner,
+        metrics: Metrics,
+        limits: Limits,
+        call: Callable[[Sequence[Once]], Sequence[Any]],
+        most: int,
+    ) -> None:
+        """Begin without tasks.
+
+        Args:
+            call: tasks -> what came out, in their order.
+            most: tasks of a call.
+        """
+        super().__init__(name, runner, metrics, limits)
+        self._call, self._most = call, most
+        self._waiting: deque[Once] = deque()
+
+    def add(self, task: Once) -> None:
+        """Let a task wait for the next turn."""
+        self._waiting.append(task)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def pictures(self) -> list[Picture]:
+        """Whose tasks these are."""
+        return [task.picture for task in self._waiting]
+
+    def leave_gone(self) -> None:
+        """Let go of tasks that nobody waits for."""
+        if any(task.picture.gone for task in self._waiting):
+            self._waiting = deque(task for task in self._waiting if not task.picture.gone)
+
+    def turn(self) -> int:
+        """Make one engine call for as many tasks as fit; how many there were."""
+        tasks = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+        try:
+            with self.metrics.call(self.name, len(tasks)):
+                results = self._call(tasks)
+        except Exception as error:
+            _fail_all((task.picture for task in tasks), error)
+            return len(tasks)
+        for task, result in zip(tasks, results, strict=True):
+            _guarded(task.picture, task.then, result)
+        return len(tasks)
+
+
+@dataclass(eq=False, kw_only=True)
+class Loop:
+    """A task of as many engine calls as its loop has steps.
+
+    Attributes:
+        picture: whose it is.
+        plan: of the loop.
+        begin: makes the loop and its context tensors, when there is room for them.
+        after: told of every step.
+        then: gets the loop's result, ``[1, C, H, W]`` float32.
+    """
+
+    picture: Picture
+    plan: LoopPlan
+    begin: Callable[[], tuple[Denoising, Context]]
+    after: Callable[[Step], None]
+    then: Callable[[Array], None]
+
+
+@dataclass(eq=False)
+class Member:
+    """A loop that has begun."""
+
+    task: Loop
+    denoising: Denoising
+    context: Context
+
+
+class LoopGroup(Group):
+    """Loops through one step engine, at one size of latents."""
+
+    def __init__(
+        self,
+        name: str,
+        runner: Runner,
+        metrics: Metrics,
+        limits: Limits,
+        engine: str,
+        room: Callable[[int], bool],
+        alone: bool,
+    ) -> None:
+        """Begin without tasks.
+
+        Args:
+            engine: name of the step engine.
+            room: whether that many bytes of further context tensors may be held.
+            alone: whether every call is for one task alone.
+        """
+        super().__init__(name, runner, metrics, limits)
+        self._engine = engine
+        self._spec = runner.engines.record(engine).spec
+        self._room, self._alone = room, alone
+        self._waiting: deque[Loop] = deque()
+        self._members: list[Member] = []
+        self._batch: StepBatch | None = None
+        self._batch_engine: Engine | None = None
+
+    def add(self, task: Loop) -> None:
+        """Let a loop wait until it fits."""
+        self._waiting.append(task)
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._members)
+
+    def pictures(self) -> list[Picture]:
+        """Whose tasks these are."""
+        return [*(member.task.picture for member in self._members), *(task.picture for task in self._waiting)]
+
+    @property
+    def held(self) -> int:
+        """Bytes of the members' context tensors."""
+        return sum(context_bytes(self._spec, member.task.plan) for member in self._members)
+
+    def leave_gone(self) -> None:
+        """Let go of loops that nobody waits for."""
+        if any(task.picture.gone for task in self._waiting):
+            self._waiting = deque(task for task in self._waiting if not task.picture.gone)
+        self._keep([member for member in self._members if not member.task.picture.gone])
+
+    def _keep(self, members: list[Member]) -> None:
+        if len(members) != len(self._members):
+            self._members, self._batch = members, None
+
+    def _join(self) -> None:
+        """Begin the loops that fit, in the order in which they came."""
+        most = min(self.limits.rows, self._spec.ranges["batch"].max)
+        while self._waiting:
+            task = self._waiting[0]
+            rows = sum(member.task.plan.rows for member in self._members) + task.plan.rows
+            table = sum(len(member.denoising.schedule) for member in self._members) + len(task.plan.schedule)
+            fits = rows <= most and table <= self._spec.ranges["steps"].max and not self._alone
+            if self._members and not (fits and self._room(context_bytes(self._spec, task.plan))):
+                return
+            self._waiting.popleft()
+            try:
+                with self.metrics.call(self._engine.replace("step", "context"), task.plan.context_rows):
+                    denoising, context = task.begin()
+            except Exception as error:
+                _fail_all([task.picture], error)
+                continue
+            self._members.append(Member(task, denoising, context))
+            self._batch = None
+
+    def turn(self) -> int:
+        """Run one step of all loops that fit; how many there were."""
+        self._join()
+        served = len(self._members)
+        if not served:
+            return 0
+        try:
+            with self.runner.engines.engine(self._engine) as engine:
+                if self._batch is None or self._batch_engine is not engine:
+                    self._batch = StepBatch(engine, [(m.denoising, m.context) for m in self._members])
+                    self._batch_engine = engine
+                with self.metrics.call(self._engine, sum(member.denoising.rows for member in self._members)):
+                    steps = self._batch.step()
+        except Exception as error:
+            _fail_all((member.task.picture for member in self._members), error)
+            self._keep([])
+            self.runner.engines.discard(self._engine)
+            return served
+        for member, step in zip(self._members, steps, strict=True):
+            _guarded(member.task.picture, member.task.after, step)
+        done = [member for member in self._members if member.denoising.done]
+        self._keep([member for member in self._members if not member.denoising.done])
+        for member in done:
+            _guarded(member.task.picture, member.task.then, member.denoising.result)
+        return served
+
+
+def context_bytes(spec: EngineSpec, plan: LoopPlan) -> int:
+    """Bytes of a loop's context tensors, twice: they are joined with those of others."""
+    sizes = {name: limits.opt for name, limits in spec.ranges.items()}
+    sizes |= {"batch": plan.context_rows, "steps": len(plan.schedule)}
+    sizes |= {"height": plan.latents[2], "width": plan.latents[3]}
+    constants = [tensor for tensor in spec.inputs if tensor.constant]
+    return 2 * sum(ITEM_SIZE[t.dtype] * int(np.prod(t.shape(sizes), dtype=np.int64)) for t in constants)
+
+
+def _guarded(picture: Picture, then: Callable[[Any], None], value: Any) -> None:
+    """Go on with a picture; what fails there is that picture's alone."""
+    try:
+        then(value)
+    except Exception as error:
+        _fail_all([picture], error)
+
+
+def _fail_all(pictures: Iterable[Picture], error: Exception) -> None:
+    """Tell pictures that they come to nothing."""
+    if not isinstance(error, CascadeError):
+        LOG.error("an engine call failed", exc_info=error)
+    for picture in pictures:
+        if isinstance(error, CascadeError):
+            picture.fail(error)
+        else:
+            picture.fail(EngineError(f"an engine call failed: {type(error).__name__}"))
+
+
+class Batcher:
+    """Draws the pictures of orders, on a thread of its own."""
+
+    def __init__(self, runners: Mapping[str, Runner], limits: Limits, metrics: Metrics) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            runners: of every bundle, by the name of its model.
+            limits: what is taken.
+            metrics: told of every call and picture.
+        """
+        self._runners = dict(runners)
+        self._limits = limits
+        self._metrics = metrics
+        self._changed = threading.Condition()
+        self._arrived: deque[Picture] = deque()
+        self._pictures: set[Picture] = set()
+        self._groups: dict[tuple[Any, ...], Group] = {}
+        self._clock = 0.0
+        self._picture_seconds = 1.0
+        self._last_end = 0.0
+        self._stopping = False
+        self._warm = threading.Event()
+        self._broken: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="cascade-engines", daemon=True)
+
+    def start(self) -> None:
+        """Load all engines, and begin to draw."""
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Wait until every bundle has made a picture.
+
+        Raises:
+            CascadeError: one could not.
+        """
+        self._warm.wait()
+        if self._broken is not None:
+            raise self._broken
+
+    @property
+    def ready(self) -> bool:
+        """Whether orders are drawn."""
+        return self._warm.is_set() and self._broken is None and not self._stopping and self._thread.is_alive()
+
+    @property
+    def load(self) -> int:
+        """How many pictures wait or are drawn."""
+        return len(self._pictures)
+
+    def plan(self, order: Order) -> tuple[Plan, Tensors]:
+        """The plan of an order's first picture, and the opened pictures that its request brings along.
+
+        The plans of its other pictures differ in their seeds alone.
+
+        Raises:
+            UnknownModelError: no bundle has this name.
+            RequestError: the bundle does not take the request.
+            BundleError: it lacks an engine.
+        """
+        runner = self._runners.get(order.model)
+        if runner is None:
+            raise UnknownModelError(f"there is no model {order.model}", field="model", value=order.model)
+        first = replace(order.request, num_images_per_prompt=1, seeds=(order.request.seeds or (0,))[:1])
+        given = runner.gather(first, Tensors())
+        return runner.plan(first, given, "picture"), given
+
+    def submit(self, order: Order, tell: Tell) -> list[Picture]:
+        """Take an order on, or refuse it at once; from any thread.
+
+        Raises:
+            RequestError: the bundle does not take it.
+            BundleError: the bundle lacks an engine.
+            BusyError: there is no room.
+            UnavailableError: the service stops.
+        """
+        planned, given = self.plan(order)
+        asked = Asked(order=order, given=given)
+        deadline = time.monotonic() + order.seconds
+        with self._changed:
+            if self._stopping:
+                raise UnavailableError("the service stops", self.retry_after(order.pictures))
+            if self._pictures and len(self._pictures) + order.pictures > self._limits.pictures:
+                raise BusyError(
+                    f"{len(self._pictures)} pictures wait or are drawn, and this service takes up to "
+                    f"{self._limits.pictures}; try again later",
+                    self.retry_after(order.pictures),
+                )
+            made = [
+                Picture(asked=asked, index=index, planned=single(planned, seed), tell=tell, deadline=deadline)
+                for index, seed in enumerate(order.request.seeds or ())
+            ]
+            self._arrived.extend(made)
+            self._pictures.update(made)
+            self._changed.notify()
+        self._metrics.load(self.load)
+        return made
+
+    def cancel(self, pictures: Iterable[Picture]) -> None:
+        """Let go of pictures before the next step; from any thread."""
+        with self._changed:
+            for picture in pictures:
+                picture.cancelled = True
+            self._changed.notify()
+
+    def retry_after(self, pictures: int) -> float:
+        """Seconds after which there probably is room for that many pictures."""
+        least, most = RETRY_SECONDS
+        return min(max(pictures * self._picture_seconds, least), most)
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Refuse what comes, stop before the next step, and give back every engine."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    # on the engine thread
+
+    def _work(self) -> None:
+        try:
+            self._warm_up()
+            self._warm.set()
+            while self._next_turn():
+                pass
+        except BaseException as error:  # the reason is told to whom it concerns: those who wait
+            self._broken = error
+            LOG.critical("the engine thread ends: %s", error, exc_info=not isinstance(error, CascadeError))
+        finally:
+            self._stopping = True
+            self._warm.set()
+            for picture in list(self._pictures):
+                picture.fail(UnavailableError("the service stops", 1.0))
+            for runner in self._runners.values():
+                runner.engines.close()
+
+    def _warm_up(self) -> None:
+        """Make a picture of one step with every bundle: everything is loaded, and what is broken is known."""
+        one = LoopSettings(num_inference_steps=1)
+        for name, runner in self._runners.items():
+            order = Order(id="", model=name, request=Request(prompt="", seeds=(0,), prior=one, decoder=one))
+            planned, given = self.plan(order)
+            with runner.engines.together(*planned.engines):
+                for engine in planned.engines:
+                    with runner.engines.engine(engine):
+                        pass
+            heard: list[Event] = []
+            picture = Picture(
+                asked=Asked(order=order, given=given),
+                index=0,
+                planned=planned,
+                tell=heard.append,
+                deadline=float("inf"),
+            )
+            self._begin(picture)
+            while not picture.over and not self._stopping:
+                self._turn()
+            for event in heard:
+                if isinstance(event, Failed):
+                    raise event.error
+
+    def _next_turn(self) -> bool:
+        """Take in what arrived, let go of what is gone, run one engine call. False: it is time to stop."""
+        with self._changed:
+            while not (self._arrived or self._groups or self._stopping):
+                self._changed.wait()
+            if self._stopping:
+                return False
+            arrived = list(self._arrived)
+            self._arrived.clear()
+        for picture in arrived:
+            _guarded(picture, self._begin, picture)
+        self._let_go()
+        self._turn()
+        return True
+
+    def _let_go(self) -> None:
+        """Free the rows of pictures that nobody waits for, and forget those that are over."""
+        now = time.monotonic()
+        gone = [picture for picture in self._pictures if picture.gone]
+        for group in self._groups.values() if gone else ():
+            group.leave_gone()
+        for picture in gone:
+            if picture.over:
+                outcome = "finished" if "stage_a" in picture.seconds else "failed"
+            elif picture.cancelled:
+                outcome = "cancelled"
+                picture.fail(CancelledOrderError("the request was cancelled"))
+            else:
+                outcome = "late"
+                waited = round(picture.order.seconds, 1)
+                picture.fail(
+                    UnavailableError(f"the picture was not ready within {waited} s", self.retry_after(self.load))
+                )
+            self._metrics.ended(picture.order.model, outcome)
+            if outcome == "finished":
+                self._picture_seconds += 0.2 * (min(now - self._last_end, 60.0) - self._picture_seconds)
+                self._last_end = now
+        if gone:
+            with self._changed:
+                self._pictures.difference_update(gone)
+            self._metrics.load(self.load)
+
+    def _turn(self) -> None:
+        """Give the next turn to the group that used the least engine time for each task that it served."""
+        self._groups = {key: group for key, group in self._groups.items() if len(group)}
+        if not self._groups:
+            return
+        group = min(self._groups.values(), key=lambda one: one.used)
+        self._clock = group.used
+        started = time.perf_counter()
+        served = group.turn()
+        group.used += (time.perf_counter() - started) / max(served, 1)
+
+    def _group(self, key: tuple[Any, ...], make: Callable[[], Group]) -> Any:
+        """The group of a key. A new one begins where the others are, and is owed nothing."""
+        if key not in self._groups:
+            self._groups[key] = make()
+            self._groups[key].used = self._clock
+        return self._groups[key]
+
+    def _room(self, wanted: int) -> bool:
+        """Whether context tensors of that many further bytes may be held."""
+        held = sum(group.held for group in self._groups.values() if isinstance(group, LoopGroup))
+        return held + wanted <= self._limits.context_bytes
+
+    def _begin(self, picture: Picture) -> None:
+        """Encode the texts of a picture, with those of others, and the pictures that it brings along."""
+        runner = self._runners[picture.order.model]
+        picture.note("queue")
+
+        def encode(tasks: Sequence[Once]) -> list[Embeddings]:
+            _encode_together(runner, [task.picture for task in tasks])
+            return [given_texts(task.picture) for task in tasks]
+
+        def then(texts: Embeddings) -> None:
+            picture.note("encoders")
+            self._prior(picture, texts)
+
+        alone = picture.order.deterministic
+        most = 1 if alone else max(1, runner.engines.record("text_encoder").spec.ranges["batch"].max // 2)
+        make = self._maker(OnceGroup, "text_encoder", runner, call=encode, most=most)
+        self._group((picture.order.model, "text", alone), make).add(Once(picture=picture, value=None, then=then))
+
+    def _maker(self, kind: type[Group], name: str, runner: Runner, **rest: Any) -> Callable[[], Group]:
+        return lambda: kind(name, runner, self._metrics, self._limits, **rest)
+
+    def _loop_group(self, picture: Picture, plan: LoopPlan, images: int = 0) -> LoopGroup:
+        runner, alone = self._runners[picture.order.model], picture.order.deterministic
+        key = (picture.order.model, plan.stage, *plan.latents[1:], images, alone)
+        engine = f"{plan.stage}.step"
+        make = self._maker(LoopGroup, plan.stage, runner, engine=engine, room=self._room, alone=alone)
+        group: LoopGroup = self._group(key, make)
+        return group
+
+    def _prior(self, picture: Picture, texts: Embeddings) -> None:
+        """Stage C's loop."""
+        runner, planned, given = self._runners[picture.order.model], picture.planned, picture.asked.given
+        plan, due = planned.prior, _previews_due(picture)
+        if plan is None:
+            assert texts.init is not None  # a plan without Stage C decodes what was encoded
+            self._decoder(picture, texts, texts.init)
+            return
+
+        def after(step: Step) -> None:
+            if step.index in due:
+                self._sketch(picture, texts, step.x0, due.index(step.index))
+
+        def then(result: Array) -> None:
+            picture.note("stage_c")
+            self._decoder(picture, texts, result)
+
+        task = Loop(
+            picture=picture,
+            plan=plan,
+            begin=lambda: runner.begin_prior(planned, given, texts, picture.noise),
+            after=after,
+            then=then,
+        )
+        images = 1 if texts.images is None else texts.images.shape[1]
+        self._loop_group(picture, plan, images).add(task)
+
+    def _decoder(self, picture: Picture, texts: Embeddings, embeddings: Array) -> None:
+        """Stage B's loop."""
+        runner, planned, given = self._runners[picture.order.model], picture.planned, picture.asked.given
+        plan, due = planned.decoder, _previews_due(picture)
+        assert plan is not None  # of a whole picture
+        before = 0 if planned.prior is None else len(planned.prior.schedule)
+
+        def after(step: Step) -> None:
+            if before + step.index in due:
+                index = due.index(before + step.index)
+                self._pixels(picture, step.x0, lambda pixels: picture.preview(index, pixels))
+
+        def then(result: Array) -> None:
+            picture.note("stage_b")
+            self._pixels(picture, result, finish)
+
+        def finish(pixels: Array) -> None:
+            picture.note("stage_a")
+            picture.finish(pixels)
+
+        task = Loop(
+            picture=picture,
+            plan=plan,
+            begin=lambda: runner.begin_decoder(planned, given, embeddings, texts, picture.noise),
+            after=after,
+            then=then,
+        )
+        self._loop_group(picture, plan).add(task)
+
+    def _sketch(self, picture: Picture, texts: Embeddings, x0: Array, index: int) -> None:
+        """A preview of Stage C's clean latents: one step of Stage B and Stage A make a rough picture of them."""
+        runner, planned, given = self._runners[picture.order.model], picture.planned, picture.asked.given
+        one = LoopSettings(num_inference_steps=1, guidance_scale=1.0)
+        rough = runner.plan(replace(planned.request, decoder=one), given, "picture")
+        assert rough.decoder is not None  # of a whole picture
+        noise = PictureNoise("torch-cpu", planned.seeds, 1)  # the picture's own noise goes on untouched
+        task = Loop(
+            picture=picture,
+            plan=rough.decoder,
+            begin=lambda: runner.begin_decoder(rough, given, x0, texts, noise),
+            after=lambda step: None,
+            then=lambda result: self._pixels(picture, result, lambda pixels: picture.preview(index, pixels)),
+        )
+        self._loop_group(picture, rough.decoder).add(task)
+
+    def _pixels(self, picture: Picture, latents: Array, then: Callable[[Array], None]) -> None:
+        """Stage A: ``[1, 4, H/4, W/4]`` float32 -> ``[H, W, 3]`` float32 in 0..1."""
+        runner, planned = self._runners[picture.order.model], picture.planned
+
+        def decode(tasks: Sequence[Once]) -> list[Array]:
+            joined = np.concatenate([task.value for task in tasks])
+            return list(runner.pixels(joined, planned.sizes.picture))
+
+        alone = picture.order.deterministic
+        key = (picture.order.model, "stage_a", *latents.shape[1:], planned.sizes.picture, alone)
+        most = (
+            1
+            if alone
+            else max(1, min(self._limits.rows, runner.engines.record("stage_a.decode").spec.ranges["batch"].max))
+        )
+        make = self._maker(OnceGroup, "stage_a", runner, call=decode, most=most)
+        scaled = latents * np.float32(planned.latent_scale)
+        self._group(key, make).add(Once(picture=picture, value=scaled, then=then))
+
+
+def given_texts(picture: Picture) -> Embeddings:
+    """What the encoders made of a picture's order."""
+    assert picture.asked.texts is not None  # it has been encoded
+    return picture.asked.texts
+
+
+def _encode_together(runner: Runner, pictures: Iterable[Picture]) -> None:
+    """Encode what the orders of these pictures say, once an order; the texts of all orders in one engine call."""
+    new = {picture.asked: picture.planned for picture in pictures if picture.asked.texts is None}
+    texts: dict[str, None] = {}
+
+    def gather(some: Sequence[str]) -> tuple[Array, Array]:
+        texts.update(dict.fromkeys(some))
+        return np.zeros((len(some), 1, 1), np.float32), np.zeros((len(some), 1, 1), np.float32)
+
+    for asked, planned in new.items():
+        embed_texts(planned, asked.given, gather)
+    if not new:
+        return
+    hidden, pooled = runner.encode(list(texts))
+    rows = {text: row for row, text in enumerate(texts)}
+
+    def known(some: Sequence[str]) -> tuple[Array, Array]:
+        chosen = [rows[text] for text in some]
+        return hidden[chosen], pooled[chosen]
+
+    for asked, planned in new.items():
+        asked.texts = runner.embed(planned, asked.given, {}, known)
+
+
+def _previews_due(picture: Picture) -> list[int]:
+    """The steps, counted through both loops, after which a preview is shown: evenly spread, none after the last."""
+    loops = (picture.planned.prior, picture.planned.decoder)
+    total = sum(len(loop.schedule) for loop in loops if loop is not None)
+    wanted = picture.order.previews
+    due = [round(total * (index + 1) / (wanted + 1)) - 1 for index in range(wanted)]
+    return [step for step in dict.fromkeys(due) if 0 <= step < total - 1]
