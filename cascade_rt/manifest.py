@@ -118,6 +118,7 @@ class PreviewFactors(Record, frozen=True, kw_only=True):
     offset: Rgb
 
 
+PreviewName = Literal["prior", "decoder"]
 PresetName = Literal["quality", "balanced", "fast"]
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 
@@ -392,7 +393,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     model: ModelFacts
     sampling: dict[SamplerName, SamplerPreset]
     presets: dict[PresetName, Preset] = {}
-    previews: dict[Literal["prior", "decoder"], PreviewFactors] = {}
+    previews: dict[PreviewName, PreviewFactors] = {}
     tokenizer: TokenizerRecord | None = None
     models: dict[ModelName, ModelRecord] = {}
     engines: tuple[EngineRecord, ...] = ()

@@ -161,6 +161,9 @@ class BundleCheckpoint:
             latent_dim_scale=model.latent_dim_scale,
             default_sampler=model.default_sampler,
             sampling=manifest.sampling,
+            default_preset=model.default_preset,
+            presets=manifest.presets,
+            previews=manifest.previews,
         )
 
     def network(self, name: str) -> Network | None:

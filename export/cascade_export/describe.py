@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from msgspec.structs import replace
 
@@ -28,6 +28,9 @@ from .models import StageAConfig
 from .networks import CheckpointFacts
 from .plan_export import ExportPlan, Job, key_of, licence_of
 from .staging import named_files
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,8 @@ def describe(plan: ExportPlan, made: Iterable[Made], keeps_graphs: bool) -> Mani
     return Manifest(
         model=facts,
         sampling=sampling,
+        presets=dict(chosen(plan.facts.presets, old.presets if old else None, presets.default_presets())),
+        previews=dict(chosen(plan.facts.previews, old.previews if old else None, presets.PUBLISHED_PREVIEWS)),
         tokenizer=tokenizer,
         models=models,
         engines=engines,
@@ -105,6 +110,13 @@ def _model(part: Made, before: ModelRecord | None, kept: Iterable[EngineRecord],
     return replace(
         part.model, weights=before.weights if before is not None and stays else weights, stream_scales=scales
     )
+
+
+def chosen(own: Mapping[K, V] | None, old: Mapping[K, V] | None, default: Mapping[K, V]) -> Mapping[K, V]:
+    """What the bundle that is added to has already, else what the checkpoint carries, else the published cascade's."""
+    if old is not None:
+        return old
+    return default if own is None else own
 
 
 def cascade_facts(
@@ -139,6 +151,7 @@ def cascade_facts(
         resolution_multiple=facts.resolution_multiple,
         latent_dim_scale=facts.latent_dim_scale,
         default_sampler=facts.default_sampler or "original",
+        default_preset=facts.default_preset,
     )
     if old is not None:
         kept = old.model

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from cascade_rt.errors import CheckpointError, shown
 from cascade_rt.files import MIB, name_of, read_bounded
-from cascade_rt.manifest import LoopDefaults, SamplerPreset
+from cascade_rt.manifest import LoopDefaults, Preset, PresetName, PreviewFactors, PreviewName, SamplerPreset
 from cascade_rt.sampling import PREDICTION_TYPES, SamplerName
 from cascade_rt.schema import parse_json, validated
 from cascade_rt.stages import Size
@@ -54,6 +54,7 @@ class _OurSampling(Struct, frozen=True, kw_only=True):
     sampler: SamplerName | None = None
     original: _OurPreset = _OurPreset()
     diffusers: _OurPreset = _OurPreset()
+    lcm: _OurPreset = _OurPreset()
 
 
 class _OurSection(Struct, frozen=True, kw_only=True):
@@ -65,6 +66,9 @@ class _OurSection(Struct, frozen=True, kw_only=True):
     height: _Side | None = None
     width: _Side | None = None
     sampling: _OurSampling | None = None
+    default_preset: PresetName = "quality"
+    presets: dict[PresetName, Preset] | None = None
+    previews: dict[PreviewName, PreviewFactors] | None = None
 
 
 class _ModelIndex(Struct, frozen=True, kw_only=True):
@@ -191,6 +195,9 @@ def read_facts(
         decoder_scheduler=decoder,
         default_sampler=ours.sampling.sampler if ours.sampling else None,
         sampling=_presets(ours.sampling, _latent_scale(path)) if ours.sampling else None,
+        default_preset=ours.default_preset,
+        presets=ours.presets,
+        previews=ours.previews,
     )
 
 
@@ -331,7 +338,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _presets(ours: _OurSampling, latent_scale: float) -> dict[SamplerName, SamplerPreset]:
     """Sampling settings that a checkpoint carries: our defaults with its steps and scales."""
-    own: dict[SamplerName, _OurPreset] = {"original": ours.original, "diffusers": ours.diffusers}
+    own: dict[SamplerName, _OurPreset] = {
+        "original": ours.original,
+        "diffusers": ours.diffusers,
+        "lcm": ours.lcm,
+    }
     return {
         name: SamplerPreset(
             prior=_with(preset.prior, own[name].prior_num_inference_steps, own[name].prior_guidance_scale),

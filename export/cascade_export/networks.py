@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cascade_rt.errors import MissingCheckpointError
 from cascade_rt.files import name_of
-from cascade_rt.manifest import SamplerPreset
+from cascade_rt.manifest import Preset, PresetName, PreviewFactors, PreviewName, SamplerPreset
 from cascade_rt.sampling import PredictionType, SamplerName
 
 from .weights import TensorSource
@@ -96,7 +96,10 @@ class CheckpointFacts:
         prior_scheduler: Stage C's.
         decoder_scheduler: Stage B's.
         default_sampler: preset that is used when a request names none.
-        sampling: presets that the checkpoint carries; None: `presets.default_sampling`.
+        sampling: defaults of the samplers that the checkpoint carries; None: `presets.default_sampling`.
+        default_preset: trade of quality against time that is used when a request names none.
+        presets: trades of quality against time; None: `presets.default_presets`.
+        previews: latents to colours; None: `presets.PUBLISHED_PREVIEWS`.
     """
 
     source: str
@@ -112,6 +115,9 @@ class CheckpointFacts:
     decoder_scheduler: SchedulerConfig = SchedulerConfig()
     default_sampler: SamplerName | None = None
     sampling: Mapping[SamplerName, SamplerPreset] | None = None
+    default_preset: PresetName = "quality"
+    presets: Mapping[PresetName, Preset] | None = None
+    previews: Mapping[PreviewName, PreviewFactors] | None = None
 
 
 class Checkpoint(Protocol):

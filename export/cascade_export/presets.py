@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from msgspec.structs import replace as replaced
+
 from cascade_rt.bundle import find_bundle
-from cascade_rt.manifest import LoopDefaults, SamplerPreset
+from cascade_rt.manifest import (
+    LoopDefaults,
+    LoopOverrides,
+    Preset,
+    PresetName,
+    PreviewFactors,
+    PreviewName,
+    Rgb,
+    SamplerPreset,
+)
 from cascade_rt.sampling import SamplerName
 from cascade_rt.stages import Size
 
@@ -129,9 +141,66 @@ def default_sampling(
             decoder=LoopDefaults(num_inference_steps=10, guidance_scale=1.1, guidance_rescale=0.7),
             latent_scale=authors,
         ),
+        "lcm": SamplerPreset(
+            prior=LoopDefaults(num_inference_steps=4, guidance_scale=1.0, shift=2.0),
+            decoder=LoopDefaults(num_inference_steps=10, guidance_scale=1.1, guidance_rescale=0.7),
+            latent_scale=authors,
+        ),
         "diffusers": SamplerPreset(
             prior=LoopDefaults(num_inference_steps=20, guidance_scale=4.0, scaler=prior.scaler, s=prior.s),
             decoder=LoopDefaults(num_inference_steps=10, guidance_scale=0.0, scaler=decoder.scaler, s=decoder.s),
             latent_scale=latent_scale,
         ),
     }
+
+
+def default_presets() -> dict[PresetName, Preset]:
+    """Trades of quality against time for the published cascades.
+
+    ``balanced`` keeps the steps, guides Stage C in the middle half of them, where guidance counts, and does not guide
+    Stage B, whose scale of 1.1 doubles its cost; ``fast`` takes half of the steps too.
+    """
+    prior = LoopOverrides(guidance_start=0.25, guidance_end=0.75)
+    decoder = LoopOverrides(guidance_scale=1.0)
+    return {
+        "balanced": Preset(prior=prior, decoder=decoder),
+        "fast": Preset(prior=replaced(prior, num_inference_steps=10), decoder=replaced(decoder, num_inference_steps=5)),
+    }
+
+
+def _halved(rows: Sequence[Rgb]) -> PreviewFactors:
+    """Factors that give colours in -1..1, as factors that give them in 0..1."""
+    return PreviewFactors(factors=tuple((r / 2, g / 2, b / 2) for r, g, b in rows), offset=(0.5, 0.5, 0.5))
+
+
+PUBLISHED_PREVIEWS: dict[PreviewName, PreviewFactors] = {
+    "prior": _halved(
+        [
+            (-0.0326, -0.0204, -0.0127),
+            (-0.1592, -0.0427, 0.0216),
+            (0.0873, 0.0638, -0.0020),
+            (-0.0602, 0.0442, 0.1304),
+            (0.0800, -0.0313, -0.1796),
+            (-0.0810, -0.0638, -0.1581),
+            (0.1791, 0.1180, 0.0967),
+            (0.0740, 0.1416, 0.0432),
+            (-0.1745, -0.1888, -0.1373),
+            (0.2412, 0.1577, 0.0928),
+            (0.1908, 0.0998, 0.0682),
+            (0.0209, 0.0365, -0.0092),
+            (0.0448, -0.0650, -0.1728),
+            (-0.1658, -0.1045, -0.1308),
+            (0.0542, 0.1545, 0.1325),
+            (-0.0352, -0.1672, -0.2541),
+        ]
+    ),
+    "decoder": _halved(
+        [
+            (0.1121, 0.2006, 0.1023),
+            (-0.2093, -0.0222, -0.0195),
+            (-0.3087, -0.1535, 0.0366),
+            (0.0290, -0.1574, -0.4078),
+        ]
+    ),
+}
+"""Colours of the published cascade's latents (figures: ComfyUI's ``latent_formats.py``, ``SC_Prior`` and ``SC_B``)."""
