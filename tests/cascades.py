@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 import reference
-from cascade_export.models import EffNetConfig, Previewer, SemanticEncoder
+from cascade_export.models import EffNetConfig, Previewer, PreviewerConfig, SemanticEncoder
 from cascade_rt import CascadePipeline
 
 SMALL_EFFNET: dict[str, Any] = {
-    "stages": [["fused", 1, 3, 1, 8, 2], ["fused", 4, 3, 2, 16, 2], ["mb", 4, 3, 2, 24, 2], ["mb", 6, 3, 2, 32, 2]],
+    "stages": [["fused", 1, 3, 2, 8, 2], ["fused", 4, 3, 2, 16, 2], ["mb", 4, 3, 2, 24, 2], ["mb", 6, 3, 2, 32, 2]],
     "stem_channels": 8,
     "last_channels": 40,
 }
@@ -65,7 +65,7 @@ def add_encoders(checkpoint: Path) -> None:
     vision.save_pretrained(checkpoint / "image_encoder")
     for name, module, values in (
         ("effnet", SemanticEncoder(EffNetConfig.from_dict(SMALL_EFFNET)), SMALL_EFFNET),
-        ("previewer", Previewer(), {}),
+        ("previewer", Previewer(PreviewerConfig()), {}),
     ):
         reference.randomize(module, generator)
         (checkpoint / name).mkdir()

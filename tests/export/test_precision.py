@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from cascade_export.checkpoints import open_checkpoint
-from cascade_export.exporter import ExportRequest, export
+from cascade_export.exporter import export
+from cascade_export.job import ExportRequest
 from cascade_export.models import Denoiser, DenoiserConfig, StreamScales
-from cascade_export.precision import FP16_MAX, HEADROOM, choose_scales, scan, seeded_conditions
-from cascade_rt import CascadePipeline, ExportError
+from cascade_export.precision import FP16_MAX, HEADROOM, choose_scales, divisions, fit, scan, seeded_conditions
+from cascade_export.weights_file import DIVIDED
+from cascade_rt import CascadePipeline, CheckpointError, ExportError
 from cascade_rt.bundle import Bundle
-from cascade_rt.commands import main_info
+from cascade_rt.entry import main_info
+from cascade_rt.stages import PRECISIONS
 from reference import ATTN, CONV, SHAPES, randomize, rel_l2
 
 STAGE_C: dict[str, Any] = {
@@ -126,13 +130,13 @@ def test_an_overflowing_checkpoint_runs_in_fp16(overflowing: Path, capsys: pytes
     pipes = {}
     for precision in ("fp32", "fp16"):
         out = overflowing.parent / precision
-        request = ExportRequest(("c",), precision, out, quiet=True)  # type: ignore[arg-type]
+        request = ExportRequest(stages=("c",), precision=PRECISIONS[precision], out=out, quiet=True)
         export(open_checkpoint(str(overflowing), None), request)
         pipes[precision] = CascadePipeline.from_pretrained(out, provider="cpu")
     record = Bundle(overflowing.parent / "fp16").manifest.models["stage_c"].stream_scales
     assert record is not None
-    assert record["up"][1] > 1
-    assert record["largest_up"][1] > FP16_MAX
+    assert record.up[1] > 1
+    assert record.largest_up[1] > FP16_MAX
     rng = np.random.default_rng(0)
     arguments: dict[str, Any] = {
         "prompt_embeds": rng.standard_normal((1, 7, 24)),
@@ -151,12 +155,13 @@ def test_an_overflowing_checkpoint_runs_in_fp16(overflowing: Path, capsys: pytes
     # the export has seen the same, and says so
     figures = Bundle(overflowing.parent / "fp16").engine("stage_c.step").verification
     assert figures is not None
-    assert figures["loop"]["steps"] == 20
-    assert 1e-6 < figures["loop"]["rel_l2"] <= 5e-3
+    assert figures.loop is not None
+    assert figures.loop.steps == 20
+    assert 1e-6 < figures.loop.rel_l2 <= 5e-3
     assert main_info([str(overflowing.parent / "fp16")]) == 0
     printed = capsys.readouterr().out
     assert "kept divided" in printed
-    assert f"{figures['loop']['rel_l2']:.1e}" in next(line for line in printed.splitlines() if "whole loop" in line)
+    assert f"{figures.loop.rel_l2:.1e}" in next(line for line in printed.splitlines() if "whole loop" in line)
 
 
 def test_what_no_factor_reaches_is_refused(tmp_path: Path) -> None:
@@ -180,3 +185,113 @@ def test_half_precision_modules_are_near_fp32(precision: torch.dtype, bound: flo
             parameter.normal_(0, 0.02, generator=generator)
     wanted = run(module)
     assert rel_l2(run(module.to(precision)), wanted) <= bound
+
+
+# -- weights that fp16 does not hold -----------------------------------------------------------------------------------
+
+
+def widened(config: dict[str, Any], factor: float) -> Denoiser:
+    """A denoiser whose last blocks have weights that fp16 does not hold, and small activations in front of them.
+
+    What a block adds to the stream is then as large as with the other weights, and goes far beyond fp16.
+    """
+    module = make(config)
+    with torch.no_grad():
+        for name, parameter in module.up_blocks[-1].named_parameters():
+            if name.endswith(("channelwise.4.weight", "channelwise.4.bias", "to_out.0.weight", "to_out.0.bias")):
+                parameter.mul_(factor)
+    return module
+
+
+@pytest.mark.parametrize("config", [STAGE_C, STAGE_B], ids=["c", "b"])
+def test_divided_weights_change_nothing_but_sizes(config: dict[str, Any]) -> None:
+    module = widened(config, 3e6)
+    wanted = run(module)
+    found = fit(module, seeded_conditions(module.config), "epsilon")
+    assert any(key.endswith("channelwise.4.weight") for key in found.divided)
+    assert any(key.endswith("to_out.0.weight") for key in found.divided)
+    assert all(factor > 1 and factor == 2 ** round(np.log2(factor)) for factor in found.divided.values())
+    with torch.no_grad():
+        for key, parameter in module.state_dict().items():
+            parameter.div_(found.divided.get(key, 1.0))
+            assert parameter.abs().max() <= FP16_MAX, key
+    assert rel_l2(run(module), wanted) > 1e-2, "the weights must matter"
+    found.apply(module)
+    assert rel_l2(run(module), wanted) <= 1e-6
+
+
+def test_every_weight_in_front_of_the_division_can_be_stored_divided() -> None:
+    """Each of them on its own, as large as the stream's factor allows."""
+    module = make(STAGE_B)
+    levels = module.config.levels
+    scales = StreamScales((1024.0,) * levels, (1024.0,) * levels)
+    module.stream_scales = scales
+    groups = module.divisible()
+    endings = ("depthwise.bias", "channelwise.4.weight", "to_out.0.weight", "mapper.weight", "2.gamma", "0.bias")
+    assert all(any(keys[0].endswith(ending) for keys in groups) for ending in endings)
+    assert any(keys[0].startswith("down_downscalers") for keys in groups)
+    assert any(keys[0].startswith("up_upscalers") for keys in groups)
+    wanted, weights = run(module), module.state_dict()
+    for keys, row in groups.items():
+        with torch.no_grad():
+            for key in keys:
+                weights[key].div_(16)
+        if any(weights[key].abs().max() > 0 for key in keys):
+            assert rel_l2(run(module), wanted) > 0, keys
+        setattr(row.module, row.attribute, 16.0)
+        assert rel_l2(run(module), wanted) <= 2e-6, keys
+
+
+def test_weights_that_fp16_holds_stay_as_they_are() -> None:
+    module = make(STAGE_C, growth=3e4)
+    assert fit(module, seeded_conditions(module.config), "epsilon").divided == {}
+    ones = StreamScales((1.0, 1.0), (1.0, 1.0))
+    assert divisions(widened(STAGE_C, 3e6), ones) == {}, "where the stream is not divided, no weight can be"
+
+
+@pytest.fixture(scope="module")
+def wide_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide") / "prior"
+    folder.mkdir()
+    save_file(widened(STAGE_C, 3e6).state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(STAGE_C))
+    return folder
+
+
+def test_weights_beyond_fp16_export_where_the_stream_is_divided_behind_them(wide_weights: Path) -> None:
+    out = wide_weights.parent / "fp16"
+    request = ExportRequest(stages=("c",), precision=PRECISIONS["fp16"], out=out, quiet=True)
+    lines: list[str] = []
+    bundle = export(open_checkpoint(str(wide_weights), None), request, lines.append)
+    assert any("weights stored divided" in line for line in lines)
+    figures = bundle.engine("stage_c.step").verification
+    assert figures is not None
+    assert figures.loop is not None
+    assert figures.loop.rel_l2 <= 5e-3
+    original = load_file(wide_weights / "diffusion_pytorch_model.safetensors")
+    with safe_open(out / "stage_c.safetensors", framework="pt") as stored:
+        divided = json.loads(stored.metadata()[DIVIDED])
+        assert divided
+        for key, factor in divided.items():
+            np.testing.assert_allclose(stored.get_tensor(key).float() * factor, original[key], rtol=1e-3, atol=factor)
+    # the bundle is a checkpoint, whose weights are the true ones again
+    again = export(
+        open_checkpoint(str(out), None),
+        ExportRequest(stages=("c",), precision=PRECISIONS["fp32"], out=wide_weights.parent / "again", quiet=True),
+    )
+    restored = load_file(again.path / "stage_c.safetensors")
+    for key in divided:
+        np.testing.assert_allclose(restored[key], original[key], rtol=1e-3, atol=divided[key])
+
+
+def test_weights_that_no_division_helps_are_refused(tmp_path: Path) -> None:
+    module = make(STAGE_C)
+    with torch.no_grad():
+        module.embedding[1].weight[0, 0] = 1e6
+    (tmp_path / "prior").mkdir()
+    save_file(module.state_dict(), tmp_path / "prior" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "prior" / "config.json").write_text(json.dumps(STAGE_C))
+    request = ExportRequest(stages=("c",), precision=PRECISIONS["fp16"], out=tmp_path / "out", quiet=True)
+    with pytest.raises(CheckpointError, match=r"embedding\.1\.weight holds values beyond .*use --precision bf16"):
+        export(open_checkpoint(str(tmp_path / "prior"), None), request)
+    assert not (tmp_path / "out").exists()
