@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import re
@@ -13,7 +14,15 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
-from .errors import BundleNotFoundError, CascadeError, MissingCheckpointError, OutputError, RequestError, plain
+from .errors import (
+    BundleNotFoundError,
+    CascadeError,
+    MissingCheckpointError,
+    OutputError,
+    RequestError,
+    plain,
+    shortened,
+)
 from .files import name_of, said_by
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
@@ -32,7 +41,7 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             RequestError: always.
         """
-        raise RequestError(f"{message}; see {self.prog} --help")
+        raise RequestError(f"{shortened(plain(message), 200)}; see {self.prog} --help")
 
 
 def run_command(command: Callable[[], None], names: Mapping[str, str] | None = None) -> int:
@@ -80,6 +89,9 @@ def _report(error: Exception, names: Mapping[str, str]) -> int:
     if isinstance(error, BrokenPipeError):
         _drop(sys.stdout)  # the reader of our output has gone, and no message would reach it
         return FAILED
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO):
+        _drop(sys.stdout)  # it was being printed to
+        return _fail(f"standard output cannot be written: {error.strerror}", FAILED)
     if isinstance(error, OSError):
         where = f" ({name_of(error.filename)})" if isinstance(error.filename, str) else ""
         return _fail(f"the system refused: {error.strerror or error}{where}", FAILED)
@@ -107,7 +119,7 @@ def _flush() -> None:
         OutputError: it cannot be written.
     """
     if sys.stdout is None:
-        return
+        raise OutputError("standard output is closed, so that results cannot be shown; redirect it to a file instead")
     try:
         sys.stdout.flush()
     except BrokenPipeError:

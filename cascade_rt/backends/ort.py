@@ -127,6 +127,7 @@ def open_session(record: EngineRecord, path: Path, provider: str, options: Engin
         EngineError: the runtime cannot load it, or would run it on another provider.
     """
     row = TABLE[provider]
+    _keep_quiet()
     told, providers = session_options(provider, record, options, recording)
     where = f"{path.name} cannot be loaded by provider {provider}"
     try:
@@ -147,6 +148,13 @@ def open_session(record: EngineRecord, path: Path, provider: str, options: Engin
             stacklevel=2,
         )
     return Session(spec=record.spec, runtime=made, device=row.device, device_id=options.device_id)
+
+
+@functools.cache
+def _keep_quiet() -> None:
+    """Tell ONNX Runtime, once a process, to send no telemetry and to log errors only, which are raised anyway."""
+    ort.set_default_logger_severity(3)
+    ort.disable_telemetry_events()
 
 
 def strays_of(session: ort.InferenceSession) -> list[str]:
