@@ -42,6 +42,8 @@ def read_bounded(path: Path, most: int, error: type[E]) -> bytes:
             return file.read(most + 1)[:most]
     except (FileNotFoundError, NotADirectoryError):
         raise
+    except CascadeError:  # many of them are a ValueError too
+        raise
     except (OSError, ValueError) as reason:  # ValueError: a name with a zero byte
         raise error(f"{name_of(path)} cannot be read: {said_by(reason)}") from None
 

@@ -130,6 +130,8 @@ def read_request(path: Path) -> str:
                 text = json.dumps(described[REQUEST_KEY]) if REQUEST_KEY in described else None
     except FileNotFoundError:
         raise RequestError(f"there is no picture {name_of(path)}", field="from") from None
+    except RequestError:
+        raise
     except (OSError, ValueError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
         raise RequestError(f"{name_of(path)} cannot be read as a picture: {shortened(plain(str(error)))}") from None
     if not isinstance(text, str):
