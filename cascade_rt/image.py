@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,8 +127,7 @@ def read_request(path: Path) -> str:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
             text = picture.info.get(REQUEST_KEY)
             if text is None:
-                described = json.loads(picture.getexif().get(_EXIF_DESCRIPTION) or "{}")
-                text = json.dumps(described[REQUEST_KEY]) if REQUEST_KEY in described else None
+                text = _described(picture.getexif().get(_EXIF_DESCRIPTION))
     except FileNotFoundError:
         raise RequestError(f"there is no picture {name_of(path)}", field="from") from None
     except RequestError:
@@ -137,3 +137,12 @@ def read_request(path: Path) -> str:
     if not isinstance(text, str):
         raise RequestError(f"{name_of(path)} carries no request of cascade-rt; name a picture that cascade-run made")
     return str(text)  # Pillow's own kind of string, which a JSON reader does not take
+
+
+def _described(description: Any) -> str | None:
+    """The request in EXIF's ImageDescription, which may hold anything; None where there is none."""
+    try:
+        found = json.loads(description)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return json.dumps(found[REQUEST_KEY]) if isinstance(found, dict) and REQUEST_KEY in found else None
