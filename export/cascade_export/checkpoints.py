@@ -228,7 +228,7 @@ class FileCheckpoint:
     @property
     def facts(self) -> CheckpointFacts:
         """What it says of the cascade as a whole."""
-        return CheckpointFacts(source=self._path.name)
+        return CheckpointFacts(source=plain(self._path.name))
 
     def network(self, name: str) -> Network | None:
         """The network of a component."""

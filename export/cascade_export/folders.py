@@ -12,7 +12,7 @@ import torch
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
-from cascade_rt.errors import CheckpointError, shown
+from cascade_rt.errors import CheckpointError, plain, shown
 from cascade_rt.files import MIB, name_of, read_bounded
 from cascade_rt.manifest import LoopDefaults, Preset, PresetName, PreviewFactors, PreviewName, SamplerPreset
 from cascade_rt.sampling import PREDICTION_TYPES, SamplerName
@@ -181,7 +181,7 @@ def read_facts(
     ours = index.cascade_rt
     decoder = _read_scheduler(path / "scheduler") or presets.PLAIN_SCHEDULER
     return CheckpointFacts(
-        source=source or path.resolve().name,
+        source=source or plain(path.resolve().name),
         name=ours.name,
         size=ours.size or size,
         licence=licence or ours.licence,

@@ -324,6 +324,11 @@ def _image_config(shapes: Shapes, file: str) -> dict[str, Any]:
     }
 
 
+def _previewer_config(shapes: Shapes, file: str) -> dict[str, Any]:
+    hidden, in_channels, *_ = _Tensors("previewer", shapes, file).shape("blocks.0.weight", 4)
+    return {"in_channels": in_channels, "hidden": hidden}
+
+
 STAGE_C = OriginalKeys(marks=("clip_txt_mapper.weight",), rename=_unet_origins, config=_stage_c_config)
 STAGE_B = OriginalKeys(
     marks=("clip_mapper.weight", "effnet_mapper.0.weight"), rename=_unet_origins, config=_stage_b_config
@@ -352,5 +357,5 @@ EFFNET = OriginalKeys(
     config=lambda shapes, file: asdict(EffNetConfig()),
 )
 PREVIEWER = OriginalKeys(
-    prefixes=("vae.previewer.",), marks=("blocks.0.weight",), rename=_same_origins, config=lambda shapes, file: {}
+    prefixes=("vae.previewer.",), marks=("blocks.0.weight",), rename=_same_origins, config=_previewer_config
 )

@@ -93,8 +93,9 @@ class Lora:
 
     @property
     def label(self) -> str:
-        """Name and scale, as `parse_lora` reads them."""
-        return self.path.name if self.scale == 1 else f"{self.path.name}:{self.scale!r}"
+        """Name and scale, as `parse_lora` reads them; a manifest holds it."""
+        name = plain(self.path.name)
+        return name if self.scale == 1 else f"{name}:{self.scale!r}"
 
     @property
     def components(self) -> list[str]:
@@ -338,7 +339,8 @@ class LoraCheckpoint:
         if network is None or not loras:
             return network
         for lora in loras:
-            if any(label == lora.path.name or label.startswith(f"{lora.path.name}:") for label in network.loras):
+            name_of_file = plain(lora.path.name)
+            if any(label == name_of_file or label.startswith(f"{name_of_file}:") for label in network.loras):
                 raise RequestError(
                     f"{name} of {plain(self._base.facts.source)} holds {name_of(lora.path.name)} already; name the "
                     "checkpoint that it was made from with --checkpoint, and each --lora once with its scale"

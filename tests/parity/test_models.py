@@ -16,6 +16,7 @@ from cascade_export.models import (
     DenoiserConfig,
     EffNetConfig,
     Previewer,
+    PreviewerConfig,
     SemanticEncoder,
     StageA,
     StageAConfig,
@@ -217,7 +218,7 @@ def test_effnet_against_the_architecture_written_out() -> None:
 @pytest.mark.covers("previewer", "parity")
 def test_previewer_against_the_architecture_written_out() -> None:
     """modules/previewer.py: GELU before BatchNorm after every convolution but the last."""
-    model = Previewer(hidden=32).eval()
+    model = Previewer(PreviewerConfig(hidden=32)).eval()
     g = torch.Generator().manual_seed(4)
     randomize(model, g)
     w = model.state_dict()
@@ -239,7 +240,7 @@ def test_bad_configs_are_named() -> None:
         ({"block_types_per_layer": [["SDCascadeResBlock", "MambaBlock"]] * 4}, "unknown block 'MambaBlock'"),
         ({"num_attention_heads": [1, 2]}, "num_attention_heads has 2 entries"),
         ({"num_attention_heads": [-1, -1, -1, 18]}, "level 2 has attention blocks"),
-        ({"block_out_channels": 3}, "cannot be read"),
+        ({"block_out_channels": 3}, "block_out_channels: Expected `array`"),
         ({"kernel_size": 4}, "kernel_size 4 is even"),
         ({"switch_level": [True]}, "switch_level"),
     ):
