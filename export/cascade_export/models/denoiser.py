@@ -350,7 +350,8 @@ class Denoiser(nn.Module):
         rows = dict(zip(time_blocks, zip(halves, halves, strict=True), strict=True))
         kvs: dict[AttnBlock, tuple[Tensor, Tensor]] = {}
         for blocks, level_kv in zip(attn_blocks.values(), context.kv, strict=True):
-            parts = iter(level_kv.flatten(1, 2).unbind(1))  # one Split a level
+            # one Split a level: unbinding would be a Slice for every part
+            parts = iter([part.squeeze(1) for part in level_kv.flatten(1, 2).split(1, dim=1)])
             kvs |= zip(blocks, zip(parts, parts, strict=True), strict=True)
 
         def run(x: Tensor, blocks: nn.Module, repeats: nn.Module, skip: Tensor | None = None) -> Tensor:
