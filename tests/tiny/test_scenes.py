@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cascade_tiny import scenes
-from cascade_tiny.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Shape, Wish
+from cascade_tiny.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Wish
 
 
 def some_scenes(count: int, seed: int = 3) -> list[Scene]:
@@ -40,7 +40,7 @@ def test_pictures_have_the_promised_type_and_size() -> None:
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_masks_are_smooth_centred_and_inside_the_picture(kind: str) -> None:
-    mask = scenes.mask(Shape(kind, "red", "large", 0.5, 0.5, 0.22, 0.1, (0, 0, 0)))
+    mask = scenes.mask(scenes.plain_shape(kind, 0.5, 0.5, 0.22, 0.1))
     assert mask.min() == 0
     assert mask.max() == 1
     soft = (mask > 0.02) & (mask < 0.98)
@@ -51,14 +51,14 @@ def test_masks_are_smooth_centred_and_inside_the_picture(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_mask_agrees_with_one_drawn_eight_times_finer(kind: str) -> None:
-    shape = Shape(kind, "red", "small", 0.51, 0.49, 0.12, -0.1, (0, 0, 0))
+    shape = scenes.plain_shape(kind, 0.51, 0.49, 0.12, -0.1)
     fine = scenes.mask(shape, 2048).reshape(256, 8, 256, 8).mean(axis=(1, 3))
     assert np.abs(scenes.mask(shape) - fine).max() < 0.35  # corners, where distance and area differ most
     assert np.abs(scenes.mask(shape) - fine).mean() < 5e-4
 
 
 def test_kinds_differ() -> None:
-    masks = {k: scenes.mask(Shape(k, "red", "large", 0.5, 0.5, 0.22, 0.0, (0, 0, 0))) for k in SHAPES}
+    masks = {k: scenes.mask(scenes.plain_shape(k, 0.5, 0.5, 0.22)) for k in SHAPES}
     for one in SHAPES:
         for other in SHAPES:
             shared = np.minimum(masks[one], masks[other]).sum() / np.maximum(masks[one], masks[other]).sum()

@@ -13,7 +13,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs torch")
 pytest.importorskip("transformers", reason="the text encoder is transformers' CLIP")
 
-from cascade_tiny import data, diffusion, look, recipe, train  # noqa: E402
+from cascade_rt.loop import Denoising  # noqa: E402
+from cascade_rt.noise import PictureNoise  # noqa: E402
+from cascade_rt.sampling import make_schedule  # noqa: E402
+from cascade_tiny import data, diffusion, look, recipe, train, weights  # noqa: E402
 from cascade_tiny.publish import publish  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -45,16 +48,16 @@ def one_step(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(stage: str, out: Path) -> train.Trainer:
-    plan = dataclasses.replace(recipe.PLANS["cpu"][stage], batch=2)
-    return train.Trainer(train.TASKS[stage](out, CPU, plan, 0, True), out / f"{stage}.pt")
+    training = dataclasses.replace(recipe.TRAININGS["cpu"][stage], batch=2)
+    return train.Trainer(train.TASKS[stage](out, CPU, training, 0, True), out / f"{stage}.pt")
 
 
 def train_all(out: Path, steps: int = 1) -> None:
-    for stage in train.STAGES:
+    for stage in weights.STAGES:
         trainer(stage, out).run(steps, quiet=True)
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", weights.STAGES)
 def test_stopped_training_goes_on_as_if_it_had_not_stopped(stage: str, one_step: Path) -> None:
     (one_step / f"{stage}.pt").unlink()
     whole = trainer(stage, one_step)
@@ -75,7 +78,7 @@ def test_stopped_training_goes_on_as_if_it_had_not_stopped(stage: str, one_step:
     for name, value in whole.task.networks.state_dict().items():
         assert torch.equal(value, second.task.networks.state_dict()[name]), name
         assert torch.equal(whole.average[name], second.average[name]), name
-        changed |= not torch.equal(value, train.build(stage).state_dict()[name])
+        changed |= not torch.equal(value, weights.build(stage).state_dict()[name])
     assert changed
 
 
@@ -87,7 +90,9 @@ def test_a_stage_without_the_one_before_names_the_command(tmp_path: Path, capsys
 def test_the_joint_training_goes_with_its_weights(one_step: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(one_step, one_step / "published")
     trainer("b", one_step).run(2, quiet=True)
-    with pytest.raises(train.TrainingError, match=r"rm .*joint\.pt && python -m cascade_tiny\.train .* --stage joint"):
+    with pytest.raises(
+        weights.TrainingError, match=r"rm .*joint\.pt && python -m cascade_tiny\.train .* --stage joint"
+    ):
         publish(one_step, one_step / "published")
     assert train.main(["--out", str(one_step), "--stage", "joint", "--quiet", "--device", "cpu", "--batch", "2"]) == 1
     assert "other weights than b.pt and semantic.pt hold now" in capsys.readouterr().err
@@ -132,7 +137,7 @@ def test_the_published_folder_holds_all_and_the_text_encoder_is_transformers_own
         "vqgan/diffusion_pytorch_model.safetensors",
     ]
     assert json.loads((published / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
-    ours = train.trained(one_step, "text-c", CPU)["text"]
+    ours = weights.trained(one_step, "text-c", CPU)["text"]
     theirs = CLIPTextModelWithProjection.from_pretrained(published / "text_encoder").eval()
     ids = torch.tensor([[2, 5, 6, 3, 0, 0]])
     with torch.no_grad():
@@ -172,14 +177,39 @@ def test_noised_mixes_by_the_schedule() -> None:
     assert torch.allclose(velocity, -x0, atol=0.05)
 
 
+def test_the_schedule_of_training_is_the_runtimes() -> None:
+    schedule = make_schedule("original", 50, "v_prediction")
+    ab = diffusion.alpha_bar(torch.linspace(1, 0, 51, dtype=torch.float64)[:-1]).numpy()
+    # x0 = sqrt(ab) latents - sqrt(1 - ab) velocity
+    assert np.allclose(schedule.x0, np.stack([np.sqrt(ab), -np.sqrt(1 - ab)], axis=1), atol=1e-12)
+
+
 @pytest.mark.parametrize("shift", [1.0, 2.0])
-def test_the_sampler_finds_what_a_perfect_network_knows(shift: float) -> None:
+def test_a_loop_with_a_network_in_torch_finds_what_a_perfect_network_knows(shift: float) -> None:
     target = torch.randn(2, 4, 8, 8)
+    asked: list[tuple[int, float]] = []
 
     def perfect(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        asked.append((len(x), float(r[0])))
+        assert torch.equal(r, r[:1].expand(len(x)))
         ab = diffusion.alpha_bar(r.double()).view(-1, 1, 1, 1)
-        return ((ab.sqrt() * x - target) / (1 - ab).sqrt()).float()
+        return ((ab.sqrt() * x - torch.cat([target, target])) / (1 - ab).sqrt()).float()
 
-    rng = torch.Generator().manual_seed(0)
-    found = diffusion.sample(perfect, torch.randn(2, 4, 8, 8), 10, rng, shift)
+    noise = PictureNoise("torch-cpu", [0], 2)
+    schedule = make_schedule("original", 10, "v_prediction", shift=shift)
+    denoising = Denoising(schedule=schedule, latents=noise.normal((2, 4, 8, 8)), noise=noise, scales=(4.0, 4.0))
+    found = diffusion.denoise(perfect, denoising, CPU)
     assert (found - target).abs().max() < 1e-3
+    assert [rows for rows, _ in asked] == [4] * 10, "a call has the pictures with their prompt, and without"
+    assert np.allclose([ratio for _, ratio in asked], schedule.ratios)
+
+
+def test_guidance_of_the_cascade_is_the_runtimes(one_step: Path) -> None:
+    """A scale of 1 makes what the prompt alone makes, and another prompt another picture."""
+    cascade = look.Cascade(one_step, CPU)
+    alone = cascade.generate(["a red circle"], 1, (2, 1), 0.0, 2.0)
+    assert np.array_equal(alone, cascade.generate(["a red circle"], 1, (2, 1), 1.0, 2.0))
+    assert not np.array_equal(alone, cascade.generate(["a red circle"], 1, (2, 1), 3.0, 2.0))
+    # the empty prompt guided away from itself is the empty prompt
+    empty = cascade.generate([""], 1, (2, 1), 1.0, 2.0)
+    assert np.allclose(empty, cascade.generate([""], 1, (2, 1), 3.0, 2.0), atol=1e-4)

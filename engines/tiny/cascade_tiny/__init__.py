@@ -4,7 +4,8 @@ The world it knows is drawn, not collected: one to three flat shapes on a colour
 engine bundle in `cascade_tiny/bundle/`, which the runtime finds through `importlib.resources`.
 
 Modules, in the order data flows: `scenes` draws and describes pictures, `meaning` says what the semantic latents hold,
-`text` makes the tokenizer, `recipe` holds every size and every number of the training, `data` and `diffusion` serve
-`train`, which trains; `look` watches it, `publish` writes the checkpoint folder, and `judge` tells whether a picture
-shows what its caption says. `scenes`, `meaning` and `judge` need NumPy only; nothing is imported here.
+`text` makes the tokenizer, `recipe` holds every size and every number of the training, `weights` the networks of each
+stage, `data` makes batches, `diffusion` is what the denoisers learn, `train` trains, `look` shows and judges what the
+networks make meanwhile, `publish` writes the checkpoint folder, and `judge` tells whether a picture shows what its
+caption says. `scenes`, `meaning` and `judge` need NumPy only; nothing is imported here.
 """

@@ -1,4 +1,4 @@
-"""Tells whether a picture shows what its caption says. NumPy only; no network has a say.
+"""Tells whether a picture shows what its caption says. NumPy only; no network is asked.
 
 Colours are told by the nearest one of `scenes.COLOURS`, shapes by laying the drawer's own masks over what was found, at
 the same centre and area and at several tilts: the kind that overlaps best is the kind seen.
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_tiny import scenes
-from cascade_tiny.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Shape, Wish
+from cascade_tiny.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Wish
 
 Picture = NDArray[np.float32]
 Names = NDArray[np.intp]
@@ -26,7 +26,7 @@ _TILTS = (-0.16, -0.08, 0.0, 0.08, 0.16)
 _GRID = 128  # shapes are compared at this side
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Expected:
     """One shape that should be seen; `size` and `centre` are None where the caption leaves them open."""
 
@@ -36,11 +36,19 @@ class Expected:
     centre: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a picture got right; of several shapes, all must be right."""
+    """What a picture got right; of several shapes, all must be right.
 
-    valid: bool  # finite and in 0..1
+    Attributes:
+        valid: all numbers are finite and in 0..1.
+        background: its colour.
+        colour_at_place: the colour of every shape is where the shape should be.
+        shape: every shape's kind.
+        size: every shape's size.
+    """
+
+    valid: bool
     background: bool
     colour_at_place: bool
     shape: bool
@@ -66,7 +74,7 @@ def judge(picture: Picture, asked: Wish | Scene) -> Verdict:
         raise ValueError(f"a square picture [side, side, 3] is needed, not {list(picture.shape)}")
     expected, background = _expected(asked)
     if not np.isfinite(picture).all() or picture.min() < 0 or picture.max() > 1:
-        return Verdict(False, False, False, False, False)
+        return Verdict(valid=False, background=False, colour_at_place=False, shape=False, size=False)
     seen = name_pixels(picture, tuple(COLOURS))
     found_background = background is None or float(np.mean(_frame(seen) == _index(background))) >= 0.9
     # what the background really is decides where the shapes end, also when it is the wrong one
@@ -80,14 +88,21 @@ def judge(picture: Picture, asked: Wish | Scene) -> Verdict:
     placed = [_colour_at_place(seen, regions[e], e) if e in regions else False for e in expected]
     shapes = [p and see_shape(regions[e]) == e.kind for p, e in zip(placed, expected, strict=True)]
     sizes = [p and _size(regions[e], e) for p, e in zip(placed, expected, strict=True)]
-    return Verdict(True, found_background, all(placed) and not stray, all(shapes) and not stray, all(sizes))
+    return Verdict(
+        valid=True,
+        background=found_background,
+        colour_at_place=all(placed) and not stray,
+        shape=all(shapes) and not stray,
+        size=all(sizes),
+    )
 
 
 def _expected(asked: Wish | Scene) -> tuple[list[Expected], str | None]:
     if isinstance(asked, Wish):
         centre = PLACES[asked.place] if asked.place else None
-        return [Expected(asked.colour, asked.kind, asked.size, centre)], asked.background
-    return [Expected(s.colour, s.kind, s.size, (s.x, s.y)) for s in asked.shapes], asked.background
+        return [Expected(colour=asked.colour, kind=asked.kind, size=asked.size, centre=centre)], asked.background
+    shapes = [Expected(colour=s.colour, kind=s.kind, size=s.size, centre=(s.x, s.y)) for s in asked.shapes]
+    return shapes, asked.background
 
 
 def _index(colour: str) -> int:
@@ -148,7 +163,7 @@ def _size(region: NDArray[np.bool_], expected: Expected) -> bool:
 @cache
 def _proportions(kind: str) -> tuple[float, float, float]:
     """Area of a shape of radius 1, and where its centre of mass lies from its centre, x and y."""
-    weights = scenes.mask(Shape(kind, "red", "large", 0.5, 0.5, 0.25, 0.0, (0, 0, 0)), 512)
+    weights = scenes.mask(scenes.plain_shape(kind, 0.5, 0.5, 0.25), 512)
     x, y = _centroid(weights)
     return float(weights.mean()) / 0.25**2, (x - 0.5) / 0.25, (y - 0.5) / 0.25
 
@@ -173,7 +188,7 @@ def overlap(region: NDArray[np.bool_], kind: str) -> float:
     for tilt in _TILTS:
         cos, sin = np.cos(tilt), np.sin(tilt)
         at = (x - radius * float(cos * dx - sin * dy), y - radius * float(sin * dx + cos * dy))
-        mask = scenes.mask(Shape(kind, "red", "large", at[0], at[1], radius, tilt, (0, 0, 0)), _GRID)
+        mask = scenes.mask(scenes.plain_shape(kind, *at, radius, tilt), _GRID)
         best = max(best, float(np.minimum(soft, mask).sum() / np.maximum(soft, mask).sum()))
     return best
 

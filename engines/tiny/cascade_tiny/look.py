@@ -1,7 +1,7 @@
 """Looks at what the networks make while they train: `python -m cascade_tiny.look --out DIR`.
 
-Runs the whole cascade in torch on captions that training never shows, and lets `judge` say what came out. What is
-shipped is measured through the runtime instead (`benchmarks/tiny_accuracy.py`); this is the training's watching eye.
+Runs the whole cascade in torch on captions that training never shows, and judges the pictures with `judge`. The
+shipped bundle is measured through the runtime instead, by `benchmarks/tiny_accuracy.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 from cascade_export.models import StageA
+from cascade_rt.loop import Denoising
+from cascade_rt.noise import Noise, PictureNoise
+from cascade_rt.sampling import make_schedule
 from cascade_tiny import data, diffusion, recipe, scenes
 from cascade_tiny.judge import Verdict, judge, psnr
 from cascade_tiny.meaning import meaning
 from cascade_tiny.recipe import TextEncoder
 from cascade_tiny.text import build_tokenizer, encode
-from cascade_tiny.train import TrainingError, autocast, trained
+from cascade_tiny.train import autocast
+from cascade_tiny.weights import TrainingError, trained
 
 
 class Cascade:
@@ -44,19 +48,32 @@ class Cascade:
     def generate(
         self, captions: Sequence[str], seed: int, steps: tuple[int, int], guidance: float, shift: float
     ) -> NDArray[np.float32]:
-        """Captions to pictures, float32 [B, 256, 256, 3] in 0..1."""
-        rng = torch.Generator().manual_seed(seed)
-        hidden, pooled = self._conditions(captions)
-        no_hidden, no_pooled = self._conditions([""] * len(captions))
-        image = torch.zeros(len(captions), 1, recipe.STAGE_C.clip_image_in_channels or 0, device=self.device)
-        c = self.prior["c"]
-        predict = diffusion.guided(
-            lambda x, r: c(x, r, pooled, hidden, image), lambda x, r: c(x, r, no_pooled, no_hidden, image), guidance
+        """Captions to pictures.
+
+        Args:
+            captions: one a picture.
+            seed: of all noise.
+            steps: of Stage C and of Stage B.
+            guidance: of Stage C; up to 1 is none.
+            shift: of the log signal-to-noise ratio in Stage C, 2 in the original, 1 in DDPM.
+
+        Returns:
+            float32 [B, 256, 256, 3] in 0..1.
+        """
+        noise = self._noise(seed, len(captions))
+        denoising = Denoising(
+            schedule=make_schedule("original", steps[0], "v_prediction", shift=shift),
+            latents=noise.normal((len(captions), *recipe.LATENTS_C)),
+            noise=noise,
+            scales=(guidance,) * len(captions),
+            name="stage_c",
         )
-        noise = torch.randn((len(captions), *recipe.LATENTS_C), generator=rng).to(self.device)
-        with torch.inference_mode():
-            semantic = diffusion.sample(predict, noise, steps[0], rng, shift)
-            return self._pictures(semantic, pooled, steps[1], rng)
+        wanted, unwanted = self._conditions(captions), self._conditions([""] * len(captions))
+        hidden, pooled = (self._rows(denoising, *pair) for pair in zip(wanted, unwanted, strict=True))
+        image = torch.zeros(denoising.rows, 1, recipe.STAGE_C.clip_image_in_channels or 0, device=self.device)
+        c = self.prior["c"]
+        semantic = diffusion.denoise(lambda x, r: c(x, r, pooled, hidden, image), denoising, self.device)
+        return self._pictures(semantic, wanted[1], steps[1], noise)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures uint8 [B, 3, 256, 256] to semantic latents float32 [B, 16, 6, 6]."""
@@ -67,9 +84,8 @@ class Cascade:
 
     def decode(self, semantic: Tensor, seed: int, steps: int) -> NDArray[np.float32]:
         """Semantic latents float32 [B, 16, 6, 6] through Stage B and Stage A: float32 [B, 256, 256, 3] in 0..1."""
-        with torch.inference_mode():
-            _, pooled = self._conditions([""] * len(semantic))
-            return self._pictures(semantic.to(self.device), pooled, steps, torch.Generator().manual_seed(seed))
+        _, pooled = self._conditions([""] * len(semantic))
+        return self._pictures(semantic.to(self.device), pooled, steps, self._noise(seed, len(semantic)))
 
     def through_a(self, pictures: Tensor) -> NDArray[np.float32]:
         """Pictures uint8 [B, 3, 256, 256] through Stage A alone: float32 [B, 256, 256, 3]."""
@@ -81,15 +97,31 @@ class Cascade:
         with torch.inference_mode():
             return cast("TextEncoder", self.prior["text"]).conditions(ids, mask)
 
-    def _pictures(self, semantic: Tensor, pooled: Tensor, steps: int, rng: torch.Generator) -> NDArray[np.float32]:
+    def _rows(self, denoising: Denoising, wanted: Tensor, unwanted: Tensor) -> Tensor:
+        """A condition in the order of a call's rows."""
+        rows = denoising.with_negative(wanted.cpu().numpy(), unwanted.cpu().numpy())
+        return torch.from_numpy(rows).to(self.device)
+
+    def _noise(self, seed: int, pictures: int) -> Noise:
+        return PictureNoise("torch-cpu", [seed], pictures)
+
+    def _pictures(self, semantic: Tensor, pooled: Tensor, steps: int, noise: Noise) -> NDArray[np.float32]:
+        """Semantic latents through Stage B, without guidance, and Stage A."""
         b = self.b
 
-        def predict(x: Tensor, r: Tensor) -> Tensor:
+        def network(x: Tensor, r: Tensor) -> Tensor:
             with autocast(self.device):
                 return b(x, r, pooled, effnet=semantic)  # type: ignore[no-any-return]
 
-        noise = torch.randn((len(semantic), *recipe.LATENTS_B), generator=rng).to(self.device)
-        return _to_numpy(self.a.decode(diffusion.sample(predict, noise, steps, rng)))
+        denoising = Denoising(
+            schedule=make_schedule("original", steps, "v_prediction"),
+            latents=noise.normal((len(semantic), *recipe.LATENTS_B)),
+            noise=noise,
+            name="stage_b",
+        )
+        made = diffusion.denoise(network, denoising, self.device)
+        with torch.inference_mode():
+            return _to_numpy(self.a.decode(made))
 
 
 def _to_numpy(pixels: Tensor) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cascade_tiny import recipe
 from cascade_tiny.scenes import SIDE
 from cascade_tiny.text import MAX_TOKENS, build_tokenizer
+from cascade_tiny.weights import trained
 
 # Measured on held-out captions; see the model card.
 SAMPLING: dict[str, Any] = {
@@ -49,8 +50,6 @@ def publish(out: Path, target: Path) -> None:
     Raises:
         TrainingError: a stage was not trained yet.
     """
-    from cascade_tiny.train import trained
-
     device = torch.device("cpu")
     a = trained(out, "a", device)["a"]
     prior = trained(out, "text-c", device)

@@ -152,8 +152,8 @@ def build_text_encoder() -> TextEncoder:
     return TextEncoder(text_config())
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Training:
     """How one stage is trained.
 
     Attributes:
@@ -169,22 +169,22 @@ class Plan:
     ema: float = 0.998
 
 
-# Two plans of one recipe. The shipped weights took the first one's steps, not all in its order (see the
+# Two trainings by one recipe. The shipped weights took the first one's steps, not all in its order (see the
 # model card); the second was written for a GPU and never run.
-PLANS: dict[str, dict[str, Plan]] = {
+TRAININGS: dict[str, dict[str, Training]] = {
     "cpu": {
-        "a": Plan(steps=1500, batch=16, rate=2e-3, ema=0.99),
-        "text-c": Plan(steps=9000, batch=32, rate=1e-3),
-        "b": Plan(steps=20_000, batch=8, rate=1.5e-3),
-        "semantic": Plan(steps=12_000, batch=16, rate=1e-3, ema=0.99),
-        "joint": Plan(steps=4000, batch=8, rate=3e-4),
+        "a": Training(steps=1500, batch=16, rate=2e-3, ema=0.99),
+        "text-c": Training(steps=9000, batch=32, rate=1e-3),
+        "b": Training(steps=20_000, batch=8, rate=1.5e-3),
+        "semantic": Training(steps=12_000, batch=16, rate=1e-3, ema=0.99),
+        "joint": Training(steps=4000, batch=8, rate=3e-4),
     },
     "cuda": {
-        "a": Plan(steps=6000, batch=32, rate=2e-3),
-        "text-c": Plan(steps=12_000, batch=512, rate=1.5e-3, ema=0.999),
-        "b": Plan(steps=12_000, batch=192, rate=1.2e-3, ema=0.999),
-        "semantic": Plan(steps=8000, batch=64, rate=1e-3),
-        "joint": Plan(steps=4000, batch=96, rate=3e-4, ema=0.999),
+        "a": Training(steps=6000, batch=32, rate=2e-3),
+        "text-c": Training(steps=12_000, batch=512, rate=1.5e-3, ema=0.999),
+        "b": Training(steps=12_000, batch=192, rate=1.2e-3, ema=0.999),
+        "semantic": Training(steps=8000, batch=64, rate=1e-3),
+        "joint": Training(steps=4000, batch=96, rate=3e-4, ema=0.999),
     },
 }
 SEED = 1

@@ -50,7 +50,7 @@ _SHADE = 9.0  # levels of 255: how far a background may brighten towards one sid
 _HELD_OUT_ONE_IN = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """One drawn shape.
 
@@ -74,7 +74,7 @@ class Shape:
     rgb: tuple[float, float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scene:
     """One to three shapes on a background.
 
@@ -104,6 +104,11 @@ class Wish:
     size: str | None = None
     place: str | None = None
     background: str | None = None
+
+
+def plain_shape(kind: str, x: float, y: float, radius: float, angle: float = 0.0) -> Shape:
+    """A shape of which only the outline matters."""
+    return Shape(kind=kind, colour="red", size="large", x=x, y=y, radius=radius, angle=angle, rgb=(0, 0, 0))
 
 
 # --- drawing ------------------------------------------------------------
@@ -272,14 +277,30 @@ def _sample_several(rng: np.random.Generator, count: int) -> Scene:
 def _shape(kind: str, colour: str, size: str, centre: tuple[float, float], rng: np.random.Generator) -> Shape:
     x, y = (c + float(rng.uniform(-_PLACE_JITTER, _PLACE_JITTER)) for c in centre)
     radius = float(rng.uniform(*SIZES[size]))
-    return Shape(kind, colour, size, x, y, radius, float(rng.uniform(-_TILT, _TILT)), _tint(colour, rng))
+    return Shape(
+        kind=kind,
+        colour=colour,
+        size=size,
+        x=x,
+        y=y,
+        radius=radius,
+        angle=float(rng.uniform(-_TILT, _TILT)),
+        rgb=_tint(colour, rng),
+    )
 
 
 def _scene(
     shapes: tuple[Shape, ...], layout: str, place: str | None, background: str, rng: np.random.Generator
 ) -> Scene:
     dx, dy = (float(d) for d in rng.uniform(-_SHADE, _SHADE, 2))
-    return Scene(shapes, layout, place, background, _tint(background, rng), (dx, dy))
+    return Scene(
+        shapes=shapes,
+        layout=layout,
+        place=place,
+        background=background,
+        rgb=_tint(background, rng),
+        shade=(dx, dy),
+    )
 
 
 def _tint(colour: str, rng: np.random.Generator) -> tuple[float, float, float]:

@@ -17,12 +17,12 @@ Every stage keeps `DIR/STAGE.pt`, written whole or not at all. Ctrl-C saves; the
 from __future__ import annotations
 
 import argparse
-import hashlib
 import signal
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -36,72 +36,14 @@ from tqdm import tqdm
 from cascade_export.models import Denoiser, StageA
 from cascade_tiny import data, diffusion, outline, recipe
 from cascade_tiny.meaning import AT, meaning
-from cascade_tiny.recipe import PLANS, SEED, Plan, TextEncoder
+from cascade_tiny.publish import publish
+from cascade_tiny.recipe import SEED, TRAININGS, TextEncoder, Training
 from cascade_tiny.text import PAD_ID, build_tokenizer, encode
+from cascade_tiny.weights import STAGES, TrainingError, build, check_origin, fingerprint, origin, trained
 
 _SHAPE_STANDS_OUT = 0.4  # by how much a latent must differ from the corner's to belong to a shape
 _SHAPE_WEIGHT = 6.0
 _PLACE_WEIGHT = 40.0
-
-STAGES = ("a", "text-c", "b", "semantic", "joint")
-
-
-class TrainingError(Exception):
-    """A request that cannot be done; the message says what to do instead."""
-
-
-def build(stage: str) -> nn.ModuleDict:
-    """The networks that a stage trains, with their first weights."""
-    if stage == "a":
-        return nn.ModuleDict({"a": recipe.build_stage_a()})
-    if stage == "semantic":
-        return nn.ModuleDict({"encoder": recipe.build_semantic_encoder()})
-    if stage == "text-c":
-        return nn.ModuleDict({"text": recipe.build_text_encoder(), "c": recipe.build_denoiser(recipe.STAGE_C)})
-    stage_b = recipe.build_denoiser(recipe.STAGE_B)
-    return nn.ModuleDict({"b": stage_b} | ({"encoder": recipe.build_semantic_encoder()} if stage == "joint" else {}))
-
-
-def trained(out: Path, stage: str, device: torch.device) -> nn.ModuleDict:
-    """The averaged networks of a stage, frozen.
-
-    Raises:
-        TrainingError: the stage was not trained in this folder, or from other weights than lie there now.
-    """
-    path = out / f"{stage}.pt"
-    if not path.is_file():
-        raise TrainingError(
-            f"{path} is not there; train it first: python -m cascade_tiny.train --out {out} --stage {stage}"
-        )
-    networks = build(stage)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    _check_origin(state, out, stage)
-    networks.load_state_dict(state["average"])
-    return networks.to(device).eval().requires_grad_(False)
-
-
-def origin(out: Path, stage: str) -> str:
-    """A digest of the weights that a stage goes on from; empty where it begins by itself."""
-    if stage != "joint":
-        return ""
-    return "".join(fingerprint(trained(out, before, torch.device("cpu"))) for before in ("b", "semantic"))
-
-
-def _check_origin(state: dict[str, object], out: Path, stage: str) -> None:
-    if state.get("origin", "") != origin(out, stage):
-        path = out / f"{stage}.pt"
-        raise TrainingError(
-            f"{path} went on from other weights than b.pt and semantic.pt hold now; train it anew: "
-            f"rm {path} && python -m cascade_tiny.train --out {out} --stage {stage}"
-        )
-
-
-def fingerprint(networks: nn.Module) -> str:
-    """A digest of all weights, by which files made from them are known."""
-    digest = hashlib.sha256()
-    for value in networks.state_dict().values():
-        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Task(ABC):
@@ -109,8 +51,8 @@ class Task(ABC):
 
     stage: str
 
-    def __init__(self, out: Path, device: torch.device, plan: Plan, workers: int, quiet: bool) -> None:
-        self.device, self.plan, self.workers = device, plan, workers
+    def __init__(self, out: Path, device: torch.device, training: Training, workers: int, quiet: bool) -> None:
+        self.device, self.training, self.workers = device, training, workers
         self.stream = STAGES.index(self.stage)
         torch.manual_seed(SEED * 100 + self.stream)
         self.networks = build(self.stage).to(device)
@@ -130,7 +72,7 @@ class Task(ABC):
 
     def numbers(self, step: int, count: int) -> Tensor:
         """The scene numbers of a step whose pictures are not needed."""
-        return torch.from_numpy(data.step_numbers(self.stream, step, self.plan.batch, count))
+        return torch.from_numpy(data.step_numbers(self.stream, step, self.training.batch, count))
 
     def noise(self, shape: tuple[int, ...] | torch.Size, rng: torch.Generator) -> Tensor:
         """Standard normal noise, float32."""
@@ -143,7 +85,7 @@ class TrainA(Task):
     stage = "a"
 
     def begin(self, steps: range) -> None:  # noqa: D102
-        batches = data.Batches(self.stream, self.plan.batch, recipe.SCENES_B)
+        batches = data.Batches(self.stream, self.training.batch, recipe.SCENES_B)
         self.batches: Iterator[tuple[Tensor, Tensor]] = data.load(batches, steps, self.workers)
 
     def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
@@ -163,7 +105,7 @@ class TrainSemantic(Task):
     stage = "semantic"
 
     def begin(self, steps: range) -> None:  # noqa: D102
-        batches = data.Batches(self.stream, self.plan.batch, recipe.SCENES_C)
+        batches = data.Batches(self.stream, self.training.batch, recipe.SCENES_C)
         self.batches: Iterator[tuple[Tensor, Tensor]] = data.load(batches, steps, self.workers)
 
     def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
@@ -273,7 +215,7 @@ class TrainJoint(TrainB):
 
     def begin(self, steps: range) -> None:  # noqa: D102
         self.networks["encoder"].eval()  # few pictures a step: its batch norms keep the averages of its own training
-        batches = data.Batches(self.stream, self.plan.batch, len(self.latents))
+        batches = data.Batches(self.stream, self.training.batch, len(self.latents))
         self.batches: Iterator[tuple[Tensor, Tensor]] = data.load(batches, steps, self.workers)
 
     def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
@@ -331,7 +273,7 @@ class Trainer:
         self.origin = origin(path.parent, task.stage)
         if path.is_file():
             state = torch.load(path, map_location=task.device, weights_only=True)
-            _check_origin(state, path.parent, task.stage)
+            check_origin(state, path.parent, task.stage)
             self._load(state)
         # optimizers and loading write weights in place, so these lists stay true
         current = task.networks.state_dict()
@@ -359,10 +301,10 @@ class Trainer:
 
     def take_step(self, steps: int) -> Tensor:
         """One optimizer step. Returns the loss as a tensor: reading it would make a GPU wait."""
-        task, plan = self.task, self.task.plan
+        task, training = self.task, self.task.training
         rng = torch.Generator(task.device).manual_seed((SEED * 10 + task.stream) * 10**7 + self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(self.step, steps, plan.rate)
+            group["lr"] = rate_at(self.step, steps, training.rate)
         # on a CPU the plain attention is faster: the fused one's backward pass took 40 % of Stage C's whole step
         kernels = [SDPBackend.MATH] if task.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         with autocast(task.device), sdpa_kernel(kernels):
@@ -372,7 +314,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1
-        keep = min(plan.ema, (1 + self.step) / (10 + self.step))
+        keep = min(training.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.averaged, self.current, 1 - keep)
         return loss.detach()
 
@@ -446,13 +388,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         for stage in STAGES if arguments.stage == "all" else (arguments.stage,):
-            plan = PLANS[arguments.device][stage]
-            plan = Plan(arguments.steps or plan.steps, arguments.batch or plan.batch, plan.rate, plan.ema)
-            task = TASKS[stage](arguments.out, device, plan, arguments.workers, arguments.quiet)
-            Trainer(task, arguments.out / f"{stage}.pt").run(plan.steps, arguments.quiet)
+            usual = TRAININGS[arguments.device][stage]
+            training = replace(usual, steps=arguments.steps or usual.steps, batch=arguments.batch or usual.batch)
+            task = TASKS[stage](arguments.out, device, training, arguments.workers, arguments.quiet)
+            Trainer(task, arguments.out / f"{stage}.pt").run(training.steps, arguments.quiet)
         if arguments.publish:
-            from cascade_tiny.publish import publish
-
             publish(arguments.out, arguments.publish)
             print(arguments.publish)
     except KeyboardInterrupt:
