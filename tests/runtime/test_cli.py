@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -30,6 +31,9 @@ from cascade_rt.manifest import MANIFEST, Manifest
 
 QUICK = ["--steps", "1", "--decoder-steps", "1"]
 INTERRUPTED = "error: interrupted; nothing half-written was left behind\n"
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals, devices and shells are those of POSIX")
 
 
 def pixels(path: Path) -> Any:
@@ -116,6 +120,7 @@ def test_pictures_are_written_together_or_not_at_all(
     assert list(tmp_path.iterdir()) == []
 
 
+@posix
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -181,6 +186,7 @@ def test_no_prompt_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None
     assert "there is no prompt; write what to draw, for example: cascade-run 'a red circle'" in capsys.readouterr().err
 
 
+@posix
 def test_terminal_escapes_of_a_prompt_or_a_name_do_not_reach_the_screen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,6 +318,7 @@ def test_what_errors_tell_to_type_is_accepted(shipped: Path, tmp_path: Path) -> 
 # -- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
 
+@posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("module", ["numpy", "PIL.Image", "tokenizers", "onnxruntime"])
 def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path, number: int, module: str) -> None:
@@ -347,6 +354,7 @@ MOMENTS = {
 }
 
 
+@posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_while_working_is_one_line(
@@ -417,6 +425,7 @@ def test_what_is_not_expected_is_raised() -> None:
         run_command(lambda: print(1 / 0))
 
 
+@posix
 @pytest.mark.parametrize("how", ["closed", "full", "ascii", "pipe"])
 def test_standard_output_may_be_anything(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A result that cannot be written is one line and a failure; letters that a stream lacks are written as escapes."""

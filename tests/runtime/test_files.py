@@ -16,6 +16,8 @@ import cascade_rt.files
 from cascade_rt import BundleError, OutputError, RequestError
 from cascade_rt.files import name_of, read_bounded, said_by, sha256_of, write_together, written_whole
 
+posix = pytest.mark.skipif(os.name != "posix", reason="pipes, devices, links and modes are those of POSIX")
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -35,6 +37,7 @@ def test_what_is_within_the_bound_is_read(tmp_path: Path) -> None:
     assert read_bounded(link, 5, BundleError) == b"12345"
 
 
+@posix
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     """A pipe would make the reader wait for ever; a device would fill the memory."""
     os.mkfifo(tmp_path / "pipe")
@@ -83,7 +86,8 @@ def test_a_file_that_grows_meanwhile_is_not_read_beyond_the_bound(
     assert len(read_bounded(place, 10, BundleError)) == 10
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
     place = tmp_path / "x"
     place.write_bytes(b"1")
@@ -110,6 +114,7 @@ def test_names_are_short_and_plain() -> None:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
+@posix
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
     place = tmp_path / "x"
     place.write_bytes(b"before")
@@ -144,6 +149,7 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, error: type[BaseExcept
     assert names(tmp_path) == ["x"]
 
 
+@posix
 def test_no_link_that_lies_there_is_written_through(tmp_path: Path) -> None:
     """Temporary names cannot be foreseen and are made exclusively; the final name is replaced, not followed."""
     (tmp_path / "folder").mkdir()
@@ -162,6 +168,7 @@ def test_no_link_that_lies_there_is_written_through(tmp_path: Path) -> None:
     assert len(seen) == 5
 
 
+@posix
 def test_two_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
     place = tmp_path / "x"
     together = threading.Barrier(4)
@@ -183,6 +190,7 @@ def test_two_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x"]
 
 
+@posix
 @pytest.mark.parametrize("fails", ["write", "fsync", "rename"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
@@ -225,6 +233,7 @@ def test_files_together_are_all_written_or_none(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "b").read_bytes() == b"b"
 
 
+@posix
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     for place in (tmp_path / "none" / "x", Path("/dev/null/x"), tmp_path / ("x" * 300) / "y"):
         with pytest.raises(OutputError, match="cannot be written: ") as found, written_whole(place):
