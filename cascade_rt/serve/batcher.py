@@ -11,9 +11,9 @@ gets m / M of the engine's time, to within one turn: a rare size is not starved 
 most the tasks of its group that came before it; the number of pictures is bounded (`Limits.pictures`), and so is the
 wait.
 
-Admission: a task joins where its rows fit into a call (`Limits.rows`, and what the engine takes) and its context
-tensors into the memory that contexts may take (`Limits.context_bytes`); a group without members takes one task
-whatever its size, so that everything that a plan accepts is drawn.
+Admission: a task joins where its rows fit into a call (`Limits.rows` and `Limits.pixels`, and what the engine takes)
+and its context tensors into the memory that contexts may take (`Limits.context_bytes`); a group without members takes
+one task whatever its rows, so that everything that was taken on is drawn.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from ..backends.base import Engine
 from ..conditions import Embeddings, embed_texts
-from ..errors import CascadeError, EngineError
+from ..errors import CascadeError, EngineError, RequestError
 from ..loop import Context, Denoising, Step, StepBatch
 from ..noise import PictureNoise
 from ..plan import LoopPlan, Plan
@@ -68,11 +68,17 @@ class Limits:
         rows: of one engine call; a picture takes one, with guidance two. One picture is always taken.
         pictures: that wait or are drawn, at most; further ones are refused.
         context_bytes: of the context tensors of the pictures that are drawn together.
+        pixels: of a picture, and of all pictures of one call of Stage B or A, whose working memory grows with them.
     """
 
     rows: int = 16
     pictures: int = 64
     context_bytes: int = 4 << 30
+    pixels: int = 4 << 20
+
+    def rows_of(self, size: tuple[int, int]) -> int:
+        """Rows of a call of Stage B or A for pictures of (height, width); at least one."""
+        return max(1, min(self.rows, self.pixels // (size[0] * size[1])))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -301,12 +307,14 @@ class LoopGroup(Group):
         limits: Limits,
         engine: str,
         room: Callable[[int], bool],
+        most: int,
         alone: bool,
     ) -> None:
         """Begin without tasks.
 
         Args:
             engine: name of the step engine.
+            most: rows of a call.
             room: whether that many bytes of further context tensors may be held.
             alone: whether every call is for one task alone.
         """
@@ -314,6 +322,7 @@ class LoopGroup(Group):
         self._engine = engine
         self._spec = runner.engines.record(engine).spec
         self._room, self._alone = room, alone
+        self._most = min(most, self._spec.ranges["batch"].max)
         self._waiting: deque[Loop] = deque()
         self._members: list[Member] = []
         self._batch: StepBatch | None = None
@@ -347,12 +356,11 @@ class LoopGroup(Group):
 
     def _join(self) -> None:
         """Begin the loops that fit, in the order in which they came."""
-        most = min(self.limits.rows, self._spec.ranges["batch"].max)
         while self._waiting:
             task = self._waiting[0]
             rows = sum(member.task.plan.rows for member in self._members) + task.plan.rows
             table = sum(len(member.denoising.schedule) for member in self._members) + len(task.plan.schedule)
-            fits = rows <= most and table <= self._spec.ranges["steps"].max and not self._alone
+            fits = rows <= self._most and table <= self._spec.ranges["steps"].max and not self._alone
             if self._members and not (fits and self._room(context_bytes(self._spec, task.plan))):
                 return
             self._waiting.popleft()
@@ -485,7 +493,16 @@ class Batcher:
             raise UnknownModelError(f"there is no model {order.model}", field="model", value=order.model)
         first = replace(order.request, num_images_per_prompt=1, seeds=(order.request.seeds or (0,))[:1])
         given = runner.gather(first, Tensors())
-        return runner.plan(first, given, "picture"), given
+        planned = runner.plan(first, given, "picture")
+        height, width = planned.sizes.picture
+        if height * width > self._limits.pixels:
+            raise RequestError(
+                f"{width} x {height} pixels are not accepted; this service draws up to {self._limits.pixels} pixels",
+                field="height",
+                value=(width, height),
+                accepted=f"up to {self._limits.pixels} pixels",
+            )
+        return planned, given
 
     def submit(self, order: Order, tell: Tell) -> list[Picture]:
         """Take an order on, or refuse it at once; from any thread.
@@ -672,7 +689,9 @@ class Batcher:
         runner, alone = self._runners[picture.order.model], picture.order.deterministic
         key = (picture.order.model, plan.stage, *plan.latents[1:], images, alone)
         engine = f"{plan.stage}.step"
-        make = self._maker(LoopGroup, plan.stage, runner, engine=engine, room=self._room, alone=alone)
+        limits = self._limits
+        most = limits.rows_of(picture.planned.sizes.picture) if plan.stage == "stage_b" else limits.rows
+        make = self._maker(LoopGroup, plan.stage, runner, engine=engine, room=self._room, most=most, alone=alone)
         group: LoopGroup = self._group(key, make)
         return group
 

@@ -63,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--queue", type=int, default=64, metavar="N", help="pictures that wait or are drawn, at most (default: 64)")
     add("--context-memory", type=float, default=4, metavar="GIB", help="for pictures drawn together (default: 4)")
+    add(
+        "--max-pixels",
+        type=int,
+        default=4 << 20,
+        metavar="N",
+        help="pixels of a picture, and of the pictures of one call (default: 4194304, which is 2048x2048)",
+    )
     add("--timeout", type=float, default=600, metavar="S", help="seconds that a request may take (default: 600)")
     add("--grace", type=float, default=30, metavar="S", help="seconds to finish what runs, on SIGTERM (default: 30)")
     add("--provider", default="auto", metavar="NAME", help="who runs the engines (default: auto)")
@@ -164,7 +171,12 @@ def make_pool(args: argparse.Namespace, bundles: dict[str, Bundle], metrics: Met
     """What draws: engines of this process, or replicas of Ray Serve."""
     from .batcher import Limits
 
-    limits = Limits(rows=args.max_batch, pictures=args.queue, context_bytes=round(args.context_memory * 2**30))
+    limits = Limits(
+        rows=args.max_batch,
+        pictures=args.queue,
+        context_bytes=round(args.context_memory * 2**30),
+        pixels=args.max_pixels,
+    )
     if args.ray is not None:
         from .ray_pool import RayPool
 
@@ -225,6 +237,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     for flag, value, least, most in (
         ("--port", args.port, 0, 65535),
         ("--max-batch", args.max_batch, 1, 1024),
+        ("--max-pixels", args.max_pixels, 64 * 64, 4096 * 4096),
         ("--queue", args.queue, 1, 1_000_000),
         ("--workers", args.workers, 1, 256),
         ("--timeout", args.timeout, 0.1, 86_400),

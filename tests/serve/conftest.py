@@ -1,0 +1,105 @@
+"""A real uvicorn in a thread, with the shipped bundle behind it, and OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi", reason="cascade-serve is not installed: pip install 'cascade-rt[serve]'")
+pytest.importorskip("openai", reason="OpenAI's client is not installed: pip install openai")
+
+import httpx2
+import uvicorn
+from openai import OpenAI
+from PIL import Image
+
+from cascade_rt.bundle import Bundle
+from cascade_rt.serve.app import Settings, State, make_app
+from cascade_rt.serve.batcher import Limits
+from cascade_rt.serve.local import local_pool
+from cascade_rt.serve.metrics import Metrics
+
+
+class Service:
+    """A service that runs in a thread of the tests."""
+
+    def __init__(self, bundles: dict[str, Bundle], limits: Limits, settings: Settings) -> None:
+        self.metrics = Metrics()
+        self.pool = local_pool(bundles, "cpu", limits, 1, self.metrics)
+        app = make_app(self.pool, settings, self.metrics)
+        self.state: State = app.state.cascade
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._server.serve(sockets=[self._socket])), daemon=True
+        )
+        self._thread.start()
+        wait_until(lambda: self.state.ready, 60)
+
+    def client(self, **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=options.pop("api_key", "test"), max_retries=0, **options)
+
+    def http(self, **options: Any) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, timeout=60, **options)
+
+    @property
+    def load(self) -> int:
+        """Pictures that wait or are drawn."""
+        return sum(batcher.load for batcher in self.pool._batchers)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def pixels_of(text: str) -> np.ndarray:
+    """A picture in base64 as ``[H, W, 3]`` integers."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")).astype(int)
+
+
+def metric(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@pytest.fixture(scope="session")
+def make_service(shipped: Path) -> Iterator[Callable[..., Service]]:
+    made: list[Service] = []
+
+    def make(limits: Limits | None = None, **settings: Any) -> Service:
+        made.append(Service({"cascade-tiny": Bundle(shipped)}, limits or Limits(), Settings(**settings)))
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.close()
+
+
+@pytest.fixture(scope="session")
+def service(make_service: Callable[..., Service]) -> Service:
+    """One service for all tests that only ask it something."""
+    return make_service()
+
+
+@pytest.fixture(scope="session")
+def client(service: Service) -> OpenAI:
+    return service.client()
