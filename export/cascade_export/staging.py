@@ -100,7 +100,6 @@ def locked(place: Path, notify: Callable[[str], None]) -> Iterator[None]:
 
 def _acquire(place: Path, notify: Callable[[str], None]) -> tuple[Path, FileLock]:
     """Lock a place: in its folder, or beside it as long as there is none."""
-    told = False
     while True:
         there = place.is_dir()
         path = place / _LOCK if there else place.parent / f"{_beside(place)}lock"
@@ -108,10 +107,8 @@ def _acquire(place: Path, notify: Callable[[str], None]) -> tuple[Path, FileLock
         try:
             lock.acquire(timeout=WAIT_SECONDS)
         except Timeout:
-            if not told:
-                notify(f"another export writes to {name_of(place)}; waiting until it is done")
-            told = True
-            continue
+            notify(f"another export writes to {name_of(place)}; waiting until it is done")
+            lock.acquire()
         if place.is_dir() == there:
             return path, lock
         with contextlib.suppress(OSError):
@@ -297,9 +294,9 @@ def _settle(place: Path, folder: Path, manifest: Manifest, new: set[str]) -> Non
         target = place / name
         target.parent.mkdir(parents=True, exist_ok=True)
         linked = folder / ".linked"
+        linked.unlink(missing_ok=True)  # renaming one link of a file over another link of it does nothing
         link(folder / name, linked)
         linked.replace(target)
-        linked.unlink(missing_ok=True)  # renaming one link of a file over another link of it does nothing
     before = (folder / _BEFORE).read_text(encoding="utf-8").split("\n") if (folder / _BEFORE).is_file() else []
     if new:
         _write_manifest(manifest, folder, place)
