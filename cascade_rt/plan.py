@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from .errors import BundleError, RequestError, refused
 from .manifest import EngineRecord, LoopDefaults, LoopOverrides, Manifest, ModelFacts, Preset, SamplerPreset
-from .request import LoopSettings, Request, Tensors, check_pixels, given_or, new_seeds
+from .request import LoopSettings, Request, Tensors, given_or, new_seeds
 from .sampling import SamplerName, Schedule, make_schedule
+from .sizes import Sizes, decoder_size, grids_of, plan_sizes
 from .stages import ENGINES, ITEM_SIZE, EngineSpec
 
 DenoiserName = Literal["stage_c", "stage_b"]
@@ -26,21 +27,6 @@ ENCODER_STRIDE = 32
 
 Part = Literal["picture", "prior", "decoder"]
 """What is run: the whole cascade, Stage C alone, or Stages B and A on given image embeddings."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of one picture at every stage, each (height, width).
-
-    Attributes:
-        prior: Stage C's latents.
-        decoder: Stage B's latents.
-        picture: what is returned: the decoded picture, cropped to the request.
-    """
-
-    prior: tuple[int, int]
-    decoder: tuple[int, int]
-    picture: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,63 +186,6 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         engines=engines,
         memory=_memory(manifest, records, prior, decoder),
     )
-
-
-def plan_sizes(facts: ModelFacts, grids: tuple[int, int], sampler: SamplerName, height: Any, width: Any) -> Sizes:
-    """Sizes of all stages for a requested picture.
-
-    Stage C's latents are the request over ``resolution_multiple``, rounded up, as in both sources. Stage B's must
-    divide evenly through its levels. diffusers takes their size from Stage C's and lets levels of odd size be
-    resampled, where it does not fail; the ``diffusers`` sampler here follows it where they divide evenly. Otherwise
-    the size comes from the pixels, as in the authors' code, rounded up, and the picture is cropped.
-
-    Args:
-        facts: compressions of the cascade.
-        grids: what height and width of Stage C's and of Stage B's latents must be multiples of.
-        sampler: whose sizes to follow.
-        height: requested pixels.
-        width: requested pixels.
-
-    Raises:
-        RequestError: a size that is not accepted.
-    """
-    axes = [
-        _plan_axis(facts, grids, sampler, check_pixels(name, size))
-        for name, size in (("height", height), ("width", width))
-    ]
-    prior, decoder, picture = ((axes[0][i], axes[1][i]) for i in range(3))
-    return Sizes(prior, decoder, picture)
-
-
-def _plan_axis(facts: ModelFacts, grids: tuple[int, int], sampler: SamplerName, pixels: int) -> tuple[int, int, int]:
-    prior = round_up(math.ceil(pixels / facts.resolution_multiple), grids[0])
-    decoder = int(prior * facts.latent_dim_scale)
-    agree = abs(facts.latent_dim_scale * facts.compression / facts.resolution_multiple - 1) < 0.02
-    if not agree:  # a decoder with a scale of its own: what it makes of the prior's latents is the picture
-        return prior, round_up(decoder, grids[1]), decoder * facts.compression
-    if sampler != "diffusers" or decoder % grids[1]:
-        decoder = round_up(math.ceil(pixels / facts.compression), grids[1])
-    return prior, decoder, min(pixels, decoder * facts.compression)
-
-
-def round_up(size: int, multiple: int) -> int:
-    """The smallest multiple that is not below ``size``."""
-    return -(-size // multiple) * multiple
-
-
-def decoder_size(image_embeddings: tuple[int, int], facts: ModelFacts, multiple: int) -> tuple[int, int]:
-    """Height and width of Stage B's latents for image embeddings of that height and width."""
-    height, width = (round_up(int(side * facts.latent_dim_scale), multiple) for side in image_embeddings)
-    return height, width
-
-
-def grids_of(manifest: Manifest) -> tuple[int, int]:
-    """What Stage C's and Stage B's latents must be multiples of; 1 where the bundle has no such engine."""
-    found = []
-    for name in ("stage_c.step", "stage_b.step"):
-        records = manifest.records(name)
-        found.append(records[0].ranges["height"].multiple if records else 1)
-    return found[0], found[1]
 
 
 def _engines(request: Request, manifest: Manifest, given: Tensors, part: Part) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ import msgspec
 from .backends.profile import profile
 from .errors import RequestError
 from .manifest import EngineRecord, Manifest, ModelFacts
-from .plan import grids_of, plan_sizes, round_up
 from .request import MAX_PIXELS, MIN_PIXELS
 from .sampling import SAMPLERS
+from .sizes import grids_of, plan_sizes, round_up
 from .stages import AxisRange, EngineSpec
 
 __all__ = ["DEFAULT_SHAPES", "Shapes", "narrow", "narrowed_records", "profile"]

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from cascade_rt.backends import PROVIDERS
 from cascade_rt.bundle import Bundle
 from cascade_rt.image import resize_bilinear
-from cascade_rt.plan import grids_of, plan_sizes
 from cascade_rt.sampling import timestep_embedding
+from cascade_rt.sizes import grids_of, plan_sizes
 from cascade_rt.stages import Size
 
 Feeds = Mapping[str, NDArray[Any]]

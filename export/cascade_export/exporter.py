@@ -29,8 +29,8 @@ from cascade_rt.bundle import Bundle, file_record
 from cascade_rt.commands import check_interrupt
 from cascade_rt.errors import EngineError
 from cascade_rt.manifest import EngineRecord, FileRecord, Manifest, TokenizerRecord, Verification
-from cascade_rt.plan import grids_of
 from cascade_rt.sampling import make_schedule
+from cascade_rt.sizes import grids_of
 from cascade_rt.stages import PRECISIONS
 
 from .describe import Made, cascade_facts, describe, with_engine_files, without_stale_engine_files

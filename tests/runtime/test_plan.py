@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from cascade_rt import BundleError, LoopSettings, Request, RequestError
 from cascade_rt.manifest import MANIFEST, Manifest, ModelFacts
-from cascade_rt.plan import Part, Plan, plan, plan_sizes
+from cascade_rt.plan import Part, Plan, plan
 from cascade_rt.request import Tensors, check_tensors
 from cascade_rt.sampling import make_schedule
+from cascade_rt.sizes import plan_sizes
 from cascade_rt.stages import AxisRange
 
 FACTS = ModelFacts(name="x", size="big", source="x", licence="x", height=1024, width=1024)
@@ -70,8 +71,9 @@ def test_a_plan_has_everything_filled_in(manifest: Manifest) -> None:
     assert made.needs_negative
     full = made.request
     assert None not in (full.height, full.width, full.sampler, full.seeds, full.num_images_per_prompt)
-    assert full.prior == LoopSettings(num_inference_steps=20, guidance_scale=1.5)
-    assert full.decoder == LoopSettings(num_inference_steps=10, guidance_scale=1.0)
+    interval = {"guidance_start": 0.0, "guidance_end": 1.0}
+    assert full.prior == LoopSettings(num_inference_steps=20, guidance_scale=1.5, **interval)
+    assert full.decoder == LoopSettings(num_inference_steps=10, guidance_scale=1.0, **interval)
 
 
 def test_a_planned_request_is_planned_to_itself(manifest: Manifest) -> None:
