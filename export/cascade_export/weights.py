@@ -115,18 +115,6 @@ class SafetensorsSource:
         tensor = self._stored_tensor(name)
         return tensor if name not in self._scales else tensor.float() * self._scale(name, tensor)
 
-    def read_number(self, name: str) -> float:
-        """A tensor of one number, which may be an integer.
-
-        Raises:
-            CheckpointError: it has another shape, or is neither integer nor floating.
-        """
-        shape, dtype = self._stored[name], self._dtypes[name]
-        if math.prod(shape) != 1 or dtype not in (*PLAIN_DTYPES, "I64", "I32", "I16", "I8", "U8"):
-            where = f"{name_of(self._where[name])}: {quoted(name)}"
-            raise CheckpointError(f"{where} is {dtype} of shape {shape}; it must be one number")
-        return float(self._stored_tensor(name))
-
     def metadata(self) -> dict[str, str]:
         """What the files say of themselves."""
         return {key: value for file in self._files.values() for key, value in (file.metadata() or {}).items()}
