@@ -1,4 +1,4 @@
-"""Does cascade-tiny draw what it is told? Measured through the runtime, on captions that training never saw.
+"""How well cascade-tiny follows captions: measured through the runtime, on captions that training never saw.
 
     python benchmarks/tiny_accuracy.py --pictures 436 --json tiny_accuracy.json
 
@@ -136,7 +136,7 @@ def measure(pipe: CascadePipeline, arguments: argparse.Namespace) -> dict[str, A
         "p10": round(float(np.quantile(times, 0.1)), 3),
         "p90": round(float(np.quantile(times, 0.9)), 3),
     }
-    if arguments.reconstructions and "effnet_encoder" in pipe.bundle.manifest.engines:
+    if arguments.reconstructions and pipe.bundle.manifest.records("effnet_encoder"):
         rng = np.random.default_rng(55)
         originals = [scenes.scene_of(w, rng) for w in held_out[: arguments.reconstructions]]
         quality = [reconstruct(pipe, s, i) for i, s in enumerate(originals)]
