@@ -538,6 +538,11 @@ class Front:
                 await self._app(scope, body.receive, answered)
         except ClientDisconnect:
             facts["left"] = True
+        except asyncio.CancelledError:
+            if status or not self._state.stopping:
+                raise
+            refusal = api.refusal_of(UnavailableError("the service stops", 2.0))  # the time of grace is over
+            await _json(refusal.body, refusal.status, refusal.headers)(scope, receive, answered)
         except Exception as error:
             _log_error(error, request_id)
             if status:  # a part of the answer is out; the connection is cut

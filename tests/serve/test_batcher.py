@@ -212,7 +212,7 @@ def test_one_that_is_cancelled_frees_its_rows_within_one_step(make: Callable[...
 
 
 def test_no_call_has_more_rows_than_the_limit_and_all_are_drawn_in_order(make: Callable[..., Made]) -> None:
-    batcher, gate, order = make(rows=5)
+    _, gate, order = make(rows=5)
     gate.shut()
     heard = [order(seed=seed)[0] for seed in range(6)]
     ends: list[int] = []
@@ -247,7 +247,7 @@ def test_context_memory_limits_who_is_drawn_together(make: Callable[..., Made]) 
 
 
 def test_a_rare_size_is_not_starved_by_a_popular_one(make: Callable[..., Made]) -> None:
-    batcher, gate, order = make()
+    batcher, _, order = make()
     popular = [order(seed=seed, steps=40)[0] for seed in range(4)]
     rare, _ = order(width=128, height=128, steps=4)
     wait_until(lambda: bool(rare.pictures))
