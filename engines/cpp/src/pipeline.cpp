@@ -1,0 +1,746 @@
+// A planned request at work: conditions, Stage C, Stage B, Stage A, in this order, through the engines of a bundle.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <deque>
+#include <thread>
+
+#include "engine.hpp"
+#include "request.hpp"
+#include "tables.hpp"
+#include "tokenizer.hpp"
+
+namespace cascade_rt {
+
+using namespace detail;
+
+namespace {
+
+constexpr const char* kClosed = "this pipeline was closed; open another one";
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+bool coupled(const std::string& engine) {
+  for (const auto& row : tables::kEngines) {
+    if (engine == row.name) return row.coupled;
+  }
+  return false;
+}
+
+/// The engines that will run: for every name and set of features the first that can. Engines of a stage that hand
+/// tensors to each other have one precision: that which gives most of them.
+Records select(const std::vector<EngineRecord>& engines, const std::vector<std::string>& computes) {
+  Records able;
+  for (const auto& record : engines) {
+    const bool computed = std::find(computes.begin(), computes.end(), record.precision.compute) != computes.end();
+    if (record.runtime == "onnx" && computed) able.push_back(&record);
+  }
+  std::map<std::string, std::string> precisions;
+  for (const auto* record : able) {
+    if (!coupled(record->name)) continue;
+    const std::string stage = stage_of(record->name);
+    if (precisions.count(stage) != 0) continue;
+    std::vector<std::pair<std::string, std::set<std::string>>> found;  // in the manifest's order
+    for (const auto* other : able) {
+      if (!coupled(other->name) || stage_of(other->name) != stage) continue;
+      auto at = std::find_if(found.begin(), found.end(),
+                             [&](const auto& item) { return item.first == other->precision.name; });
+      if (at == found.end()) at = found.insert(found.end(), {other->precision.name, {}});
+      at->second.insert(other->name + " " + joined(other->features));
+    }
+    const auto most = std::max_element(found.begin(), found.end(), [](const auto& a, const auto& b) {
+      return a.second.size() < b.second.size();
+    });
+    precisions[stage] = most->first;
+  }
+  Records made;
+  std::set<std::string> seen;
+  for (const auto* record : able) {
+    if (coupled(record->name) && record->precision.name != precisions[stage_of(record->name)]) continue;
+    if (seen.insert(record->name + " " + joined(record->features)).second) made.push_back(record);
+  }
+  return made;
+}
+
+Tensor repeated(const Tensor& rows, std::int64_t times) {
+  Tensor made{rows.shape, {}};
+  made.shape[0] *= times;
+  const std::size_t size = rows.data.size() / static_cast<std::size_t>(rows.shape[0]);
+  for (std::size_t row = 0; row < static_cast<std::size_t>(rows.shape[0]); ++row) {
+    for (std::int64_t i = 0; i < times; ++i) {
+      const auto begin = rows.data.begin() + static_cast<std::ptrdiff_t>(row * size);
+      made.data.insert(made.data.end(), begin, begin + static_cast<std::ptrdiff_t>(size));
+    }
+  }
+  return made;
+}
+
+Tensor chosen(const Tensor& rows, const std::vector<std::size_t>& which) {
+  Tensor made{rows.shape, {}};
+  made.shape[0] = static_cast<std::int64_t>(which.size());
+  const std::size_t size = rows.data.size() / static_cast<std::size_t>(rows.shape[0]);
+  for (const std::size_t row : which) {
+    const auto begin = rows.data.begin() + static_cast<std::ptrdiff_t>(row * size);
+    made.data.insert(made.data.end(), begin, begin + static_cast<std::ptrdiff_t>(size));
+  }
+  return made;
+}
+
+/// Conditions in the order of the context's rows: all pictures, then those that are guided in any step.
+Tensor with_negative(const Tensor& conditional, const Tensor* negative, const std::vector<std::size_t>& guided) {
+  Tensor made = conditional;
+  if (guided.empty()) return made;
+  if (negative == nullptr) throw EngineError("a picture is guided, and there is no negative condition");
+  const Tensor below = chosen(*negative, guided);
+  made.shape[0] += below.shape[0];
+  made.data.insert(made.data.end(), below.data.begin(), below.data.end());
+  return made;
+}
+
+bool all_finite(const std::vector<float>& numbers) {
+  return std::all_of(numbers.begin(), numbers.end(), [](float one) { return std::isfinite(one); });
+}
+
+/// One request's loop through one denoiser.
+class Denoising {
+ public:
+  Denoising(const LoopPlan& plan, Tensor latents, PictureNoise& noise)
+      : plan_(plan), latents_(std::move(latents)), noise_(noise), ever_guided_(plan.ever_guided()) {}
+
+  std::int64_t steps() const { return plan_.schedule.size(); }
+  std::size_t step() const { return step_; }
+  double ratio() const { return static_cast<double>(plan_.schedule.ratios[step_]); }
+  const Tensor& latents() const { return latents_; }
+  const std::vector<std::size_t>& ever_guided() const { return ever_guided_; }
+
+  /// Which rows of the context the next call needs.
+  std::vector<std::size_t> context_rows() const {
+    std::vector<std::size_t> made;
+    const auto count = static_cast<std::size_t>(latents_.shape[0]);
+    for (std::size_t i = 0; i < count; ++i) made.push_back(i);
+    const auto guided = plan_.guided(step_);
+    for (std::size_t i = 0; i < ever_guided_.size(); ++i) {
+      if (std::find(guided.begin(), guided.end(), ever_guided_[i]) != guided.end()) made.push_back(count + i);
+    }
+    return made;
+  }
+
+  Tensor inputs() const { return with_negative(latents_, &latents_, plan_.guided(step_)); }
+
+  void advance(const Tensor& prediction) {
+    if (!all_finite(prediction.data)) {
+      throw EngineError(plan_.stage + " made numbers that are not finite in step " + std::to_string(step_ + 1) +
+                        " of " + std::to_string(steps()) +
+                        "; its precision overflows: export it with --precision bf16 or fp32");
+    }
+    const auto count = static_cast<std::size_t>(latents_.shape[0]);
+    const std::size_t size = latents_.data.size() / count;
+    Tensor guided{latents_.shape, {prediction.data.begin(),
+                                   prediction.data.begin() + static_cast<std::ptrdiff_t>(latents_.data.size())}};
+    const auto which = plan_.guided(step_);
+    for (std::size_t i = 0; i < which.size(); ++i) {
+      const float* conditional = prediction.data.data() + which[i] * size;
+      const float* unconditional = prediction.data.data() + (count + i) * size;
+      guide(conditional, unconditional, static_cast<float>(plan_.scales[step_][which[i]]), plan_.rescale, size,
+            guided.data.data() + which[i] * size);
+    }
+    const Tensor noise = noise_.normal(latents_.shape);
+    const auto& row = plan_.schedule.update[step_];
+    const auto a = static_cast<float>(row[0]), b = static_cast<float>(row[1]), c = static_cast<float>(row[2]);
+    Tensor following{latents_.shape, std::vector<float>(latents_.data.size())};
+    for (std::size_t i = 0; i < following.data.size(); ++i) {
+      following.data[i] = a * latents_.data[i] + b * guided.data[i] + c * noise.data[i];
+    }
+    before_ = std::move(latents_);
+    prediction_ = std::move(guided);
+    latents_ = std::move(following);
+    last_ = step_++;
+  }
+
+  /// The clean latents that the last prediction implies.
+  Tensor x0() const {
+    const auto& row = plan_.schedule.x0[last_];
+    const auto a = static_cast<float>(row[0]), b = static_cast<float>(row[1]);
+    Tensor made{before_.shape, std::vector<float>(before_.data.size())};
+    for (std::size_t i = 0; i < made.data.size(); ++i) made.data[i] = a * before_.data[i] + b * prediction_.data[i];
+    return made;
+  }
+
+  void replace_latents(Tensor latents) {
+    if (latents.shape != latents_.shape || latents.data.size() != latents_.data.size()) {
+      throw RequestError("a callback returned latents of shape " + shape_text(latents.shape) + "; it must be " +
+                             shape_text(latents_.shape),
+                         "latents");
+    }
+    latents_ = std::move(latents);
+  }
+
+  Tensor result() const { return plan_.schedule.returns_x0 && step_ > 0 ? x0() : latents_; }
+
+ private:
+  const LoopPlan& plan_;
+  Tensor latents_, before_, prediction_;
+  PictureNoise& noise_;
+  std::vector<std::size_t> ever_guided_;
+  std::size_t step_ = 0, last_ = 0;
+};
+
+/// Text embeddings, one row a picture; the negative ones are absent where no picture is guided.
+struct Embeddings {
+  std::optional<Tensor> prompt, pooled, negative, negative_pooled;
+};
+
+}  // namespace
+
+struct Pipeline::Impl {
+  std::shared_ptr<const Bundle> bundle;
+  Options options;
+  std::unique_ptr<Runtime> runtime;
+  std::string provider;
+  Records records;
+  std::unique_ptr<const Tokenizer> tokenizer;
+  std::function<void(const std::string&)> warn;
+
+  std::mutex turn;
+  std::atomic<std::thread::id> running{};
+  std::atomic<bool> interrupted{false};
+  std::atomic<bool> closed{false};
+
+  std::mutex keeping;
+  std::map<std::string, std::shared_ptr<const Engine>> engines;
+  std::vector<std::string> together;
+  double load_seconds = 0;
+
+  Impl(std::shared_ptr<const Bundle> own, const Options& given) : bundle(std::move(own)), options(given) {
+    EngineOptions told;
+    told.provider = options.provider;
+    told.threads = options.threads;
+    told.device_id = options.device_id;
+    told.provider_options = options.provider_options;
+    told.library = options.onnxruntime_library;
+    runtime = open_runtime(told);
+    provider = runtime->provider();
+    records = select(manifest().engines, runtime->computes());
+  }
+
+  const Manifest& manifest() const { return bundle->impl().manifest; }
+
+  // --- engines ------------------------------------------------------------------------------------------------------
+
+  const EngineRecord& record(const std::string& name) const {
+    if (const auto* found = record_of(records, name)) return *found;
+    const auto there = manifest().records(name, "onnx");
+    if (there.empty()) throw bundle->impl().missing(name, "onnx");
+    std::vector<std::string> precisions;
+    for (const auto* one : there) precisions.push_back(one->precision.name);
+    throw EngineError("the bundle " + name_of(bundle->path()) + " has " + name + " in " + joined(precisions) +
+                      ", which provider " + provider + " does not compute here; it computes " +
+                      joined(runtime->computes()) + ". Export with --precision fp32: " +
+                      bundle->impl().command(name) + " --precision fp32");
+  }
+
+  std::shared_ptr<const Engine> open(const std::string& name) const {
+    const EngineRecord& own = record(name);
+    for (const auto& weights : own.weights) bundle->impl().file(weights);
+    const std::string path = bundle->impl().file(own.file);
+    return runtime->open(own, path);
+  }
+
+  /// An engine, loaded if it is not, with those of the same request beside it, two at a time.
+  std::shared_ptr<const Engine> engine(const std::string& name) {
+    {
+      const std::lock_guard<std::mutex> lock(keeping);
+      if (closed) throw EngineError(kClosed);
+      const auto found = engines.find(name);
+      if (found != engines.end()) return found->second;
+    }
+    const double started = now();
+    std::deque<std::string> waiting{name};
+    if (!options.low_memory && provider == "cpu") {
+      for (const auto& other : together) {
+        if (other != name && engines.count(other) == 0) waiting.push_back(other);
+      }
+    }
+    load(waiting);
+    load_seconds += now() - started;
+    const std::lock_guard<std::mutex> lock(keeping);
+    const auto found = engines.find(name);
+    if (found == engines.end()) throw EngineError(kClosed);
+    return found->second;
+  }
+
+  void load(std::deque<std::string>& waiting) {
+    std::mutex guard;
+    std::exception_ptr failure;
+    const auto work = [&] {
+      for (;;) {
+        std::string name;
+        {
+          const std::lock_guard<std::mutex> lock(guard);
+          if (waiting.empty()) return;
+          name = waiting.front();
+          waiting.pop_front();
+        }
+        try {
+          auto made = open(name);
+          const std::lock_guard<std::mutex> lock(keeping);
+          if (closed) throw EngineError(kClosed);
+          engines[name] = std::move(made);
+        } catch (...) {
+          const std::lock_guard<std::mutex> lock(guard);
+          waiting.clear();
+          if (!failure) failure = std::current_exception();
+        }
+      }
+    };
+    if (waiting.size() > 1) {
+      std::thread helper(work);
+      work();
+      helper.join();
+    } else {
+      work();
+    }
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  /// Within the life of what this returns, the first engine that must be loaded brings all of `names` with it.
+  struct Together {
+    Impl& own;
+    Together(Impl& impl, const std::vector<std::string>& names) : own(impl) { own.together = names; }
+    Together(const Together&) = delete;
+    Together& operator=(const Together&) = delete;
+    ~Together() { own.together.clear(); }
+  };
+
+  void done_with(const std::string& name) {
+    if (!options.low_memory) return;
+    std::shared_ptr<const Engine> last;
+    const std::lock_guard<std::mutex> lock(keeping);
+    const auto found = engines.find(name);
+    if (found != engines.end()) {
+      last = std::move(found->second);
+      engines.erase(found);
+    }
+  }
+
+  Outputs call(const std::string& name, const Feeds& feeds, const Context& constants = {}) {
+    const auto own = engine(name);
+    struct Done {
+      Impl& impl;
+      const std::string& name;
+      ~Done() { impl.done_with(name); }
+    } done{*this, name};
+    return own->run(feeds, constants);
+  }
+
+  // --- one request at a time -----------------------------------------------------------------------------------------
+
+  struct Turn {
+    Impl& own;
+    std::unique_lock<std::mutex> lock;
+    explicit Turn(Impl& impl) : own(impl) {
+      if (own.running.load() == std::this_thread::get_id()) {
+        throw RequestError("a pipeline cannot be called from its own callback; use a second pipeline there");
+      }
+      lock = std::unique_lock<std::mutex>(own.turn);
+      own.running = std::this_thread::get_id();
+      own.interrupted = false;
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() { own.running = std::thread::id(); }
+  };
+
+  struct Timed {
+    Impl& own;
+    std::map<std::string, double>& timings;
+    const char* name;
+    double started, loaded;
+    Timed(Impl& impl, std::map<std::string, double>& all, const char* part)
+        : own(impl), timings(all), name(part), started(now()), loaded(impl.load_seconds) {}
+    Timed(const Timed&) = delete;
+    Timed& operator=(const Timed&) = delete;
+    ~Timed() {
+      const double loading = own.load_seconds - loaded;
+      timings[name] += now() - started - loading;
+      timings["load"] += loading;
+    }
+  };
+
+  Planned plan(const Request& request, const Tensors& given, Part part) const {
+    try {
+      check_tensors(given);
+      return detail::plan(request, manifest(), records, given, part);
+    } catch (const BundleError& error) {
+      for (const auto& row : tables::kEngines) {
+        if (error.field() == row.name) record(error.field());  // says what the bundle has, and what adds the engine
+      }
+      throw;
+    }
+  }
+
+  const Tokenizer& read_tokenizer() {
+    if (tokenizer) return *tokenizer;
+    const auto& own = manifest().tokenizer;
+    if (!own) {
+      throw BundleError("the bundle " + name_of(bundle->path()) + " has no tokenizer; add it with: " +
+                        bundle->impl().command("text_encoder") + " --overwrite");
+    }
+    const std::string path = bundle->impl().file(own->file);
+    const auto text = read_bounded<BundleError>(path, static_cast<std::uint64_t>(tables::kMaxTokenizerBytes));
+    if (!text) throw BundleError("there is no tokenizer at " + name_of(path));
+    tokenizer = std::make_unique<const Tokenizer>(*text, name_of(path), *own);
+    return *tokenizer;
+  }
+
+  /// Hidden states [N, L, E] and pooled [N, 1, P] of texts; equal texts are encoded once.
+  std::pair<Tensor, Tensor> encode(const std::vector<std::string>& texts) {
+    const Tokenizer& own = read_tokenizer();
+    std::vector<std::string> unique;
+    std::vector<std::size_t> rows;
+    for (const auto& text : texts) {
+      const auto at = std::find(unique.begin(), unique.end(), text);
+      rows.push_back(static_cast<std::size_t>(at - unique.begin()));
+      if (at == unique.end()) unique.push_back(text);
+    }
+    std::vector<std::int64_t> ids, mask;
+    for (const auto& text : unique) {
+      const auto made = own(text);
+      if (!made.lost.empty() && warn) {
+        warn("the text encoder takes " + std::to_string(made.ids.size()) +
+             " tokens; this part of the prompt was cut off: " + shown(made.lost) + " (" +
+             std::to_string(decode_utf8(made.lost).size()) + " characters)");
+      }
+      ids.insert(ids.end(), made.ids.begin(), made.ids.end());
+      mask.insert(mask.end(), made.mask.begin(), made.mask.end());
+    }
+    const Shape shape{static_cast<std::int64_t>(unique.size()), manifest().tokenizer->max_length};
+    Outputs out = call("text_encoder", {{"input_ids", Feed::of(ids, shape)}, {"attention_mask", Feed::of(mask, shape)}});
+    return {chosen(host(out, "hidden_states"), rows), chosen(host(out, "pooled"), rows)};
+  }
+
+  static Tensor host(Outputs& outputs, const std::string& name) {
+    const auto found = outputs.host.find(name);
+    if (found == outputs.host.end()) throw EngineError(name + " stayed on the device");
+    return std::move(found->second);
+  }
+
+  Embeddings embed(const Planned& planned, const Tensors& given) {
+    const auto prompts = texts_of(planned.request.prompt);
+    const auto count = static_cast<std::size_t>(planned.prompts);
+    std::vector<std::string> texts = prompts;
+    if (planned.needs_negative() && !given.negative_prompt_embeds) {
+      auto unwanted = texts_of(planned.request.negative_prompt);
+      if (unwanted.empty()) unwanted.emplace_back();
+      if (unwanted.size() == 1) unwanted.resize(count, unwanted[0]);
+      texts.insert(texts.end(), unwanted.begin(), unwanted.end());
+    }
+    Embeddings made{given.prompt_embeds, given.prompt_embeds_pooled, given.negative_prompt_embeds,
+                    given.negative_prompt_embeds_pooled};
+    if (!planned.needs_negative()) made.negative = made.negative_pooled = std::nullopt;
+    if (!texts.empty()) {
+      const auto encoded = encode(texts);
+      std::vector<std::size_t> first, rest;
+      for (std::size_t i = 0; i < texts.size(); ++i) (i < prompts.size() ? first : rest).push_back(i);
+      if (!first.empty()) {
+        made.prompt = chosen(encoded.first, first);
+        made.pooled = chosen(encoded.second, first);
+      }
+      if (!rest.empty()) {
+        made.negative = chosen(encoded.first, rest);
+        made.negative_pooled = chosen(encoded.second, rest);
+      }
+    }
+    const std::int64_t times = planned.pictures / planned.prompts;
+    for (auto* one : {&made.prompt, &made.pooled, &made.negative, &made.negative_pooled}) {
+      if (*one && times > 1) *one = repeated(**one, times);
+    }
+    return made;
+  }
+
+  Tensor denoise(const LoopPlan& loop, Denoising& denoising, std::map<std::string, Tensor> conditions,
+                 const StepCallback& on_step) {
+    const std::int64_t dim = record(loop.stage + ".context").tensor("timestep_embedding").axes.back().number;
+    conditions["timestep_embedding"] = timestep_embedding(loop.schedule.ratios, dim);
+    Feeds feeds;
+    for (const auto& item : conditions) feeds.emplace(item.first, Feed::of(item.second));
+    const Context context = call(loop.stage + ".context", feeds).device;
+    const std::string name = loop.stage + ".step";
+    const auto own = engine(name);
+    struct Done {
+      Impl& impl;
+      const std::string& name;
+      ~Done() { impl.done_with(name); }
+    } done{*this, name};
+    std::vector<std::size_t> rows_now;
+    Context bound;
+    for (std::int64_t step = 0; step < loop.schedule.size(); ++step) {
+      if (interrupted) {
+        throw GenerationInterrupted("interrupted before step " + std::to_string(step + 1) + " of " +
+                                    std::to_string(loop.schedule.size()) + " of " + loop.stage);
+      }
+      if (closed) throw EngineError(kClosed);
+      const auto rows = denoising.context_rows();
+      if (rows != rows_now) {
+        bound = rows_of(context, *own, rows);
+        rows_now = rows;
+      }
+      const double ratio = denoising.ratio();
+      const Tensor latents = denoising.inputs();
+      const std::vector<std::int64_t> steps(rows.size(), step);
+      Outputs out = own->run({{"latents", Feed::of(latents)},
+                              {"step", Feed::of(steps, {static_cast<std::int64_t>(rows.size())})}},
+                             bound);
+      denoising.advance(host(out, "prediction"));
+      if (on_step) {
+        const Step told{loop.stage.c_str(), step, loop.schedule.size(), ratio, denoising.latents(),
+                        [&denoising] { return denoising.x0(); }};
+        if (auto changed = on_step(told)) denoising.replace_latents(std::move(*changed));
+      }
+    }
+    return denoising.result();
+  }
+
+  static Context rows_of(const Context& context, const Engine& own, const std::vector<std::size_t>& rows) {
+    Context made;
+    for (const auto& tensor : own.record().inputs) {
+      if (!tensor.constant) continue;
+      const auto found = context.find(tensor.name);
+      if (found == context.end()) throw EngineError(own.record().name + " was called without " + tensor.name);
+      const auto& axis = tensor.axes.front();
+      const bool all = static_cast<std::int64_t>(rows.size()) == found->second->shape().front();
+      made[tensor.name] = axis.formula == "batch" && !all ? found->second->rows(rows) : found->second;
+    }
+    return made;
+  }
+
+  Tensor run_prior(const Planned& planned, const Tensors& given, const Embeddings& texts, PictureNoise& noise,
+                   const StepCallback& on_step, std::map<std::string, double>& timings) {
+    const Timed timed(*this, timings, "stage_c");
+    const LoopPlan& loop = *planned.prior;
+    Denoising denoising(loop, given.latents ? *given.latents : noise.initial(loop.latents), noise);
+    const std::int64_t image_dim = record("stage_c.context").tensor("clip_img").axes[2].number;
+    Tensor image{{1, 1, image_dim}, std::vector<float>(static_cast<std::size_t>(image_dim))};
+    if (given.image_embeds) image = *given.image_embeds;
+    const Tensor images = repeated(image, planned.pictures);
+    const Tensor none{images.shape, std::vector<float>(images.data.size())};
+    const auto& guided = denoising.ever_guided();
+    std::map<std::string, Tensor> conditions;
+    conditions["clip_text"] = with_negative(*texts.prompt, texts.negative ? &*texts.negative : nullptr, guided);
+    conditions["clip_text_pooled"] =
+        with_negative(*texts.pooled, texts.negative_pooled ? &*texts.negative_pooled : nullptr, guided);
+    conditions["clip_img"] = with_negative(images, &none, guided);
+    return denoise(loop, denoising, std::move(conditions), on_step);
+  }
+
+  Result run_decoder(const Planned& planned, const Tensors& given, const Tensor& embeddings, const Embeddings& texts,
+                     PictureNoise& noise, const StepCallback& on_step, std::map<std::string, double> timings) {
+    Result made;
+    made.request = planned.request;
+    made.seeds = planned.seeds;
+    const LoopPlan& loop = *planned.decoder;
+    Tensor latents;
+    {
+      const Timed timed(*this, timings, "stage_b");
+      Denoising denoising(loop, given.decoder_latents ? *given.decoder_latents : noise.initial(loop.latents), noise);
+      const Shape grid = record("stage_b.context")
+                             .tensor("effnet")
+                             .shape({{"batch", planned.pictures}, {"height", loop.latents[2]}, {"width", loop.latents[3]}});
+      const Tensor effnet = resize_bilinear(embeddings, grid[2], grid[3]);
+      const Tensor none{effnet.shape, std::vector<float>(effnet.data.size())};
+      const auto& guided = denoising.ever_guided();
+      std::map<std::string, Tensor> conditions;
+      conditions["clip_text_pooled"] =
+          with_negative(*texts.pooled, texts.negative_pooled ? &*texts.negative_pooled : nullptr, guided);
+      conditions["effnet"] = with_negative(effnet, &none, guided);
+      latents = denoise(loop, denoising, std::move(conditions), on_step);
+    }
+    if (planned.request.output_type == "latent") {
+      made.array = std::move(latents);
+      made.timings = std::move(timings);
+      return made;
+    }
+    {
+      const Timed timed(*this, timings, "stage_a");
+      const auto scale = static_cast<float>(planned.latent_scale);
+      for (float& one : latents.data) one *= scale;
+      Outputs out = call("stage_a.decode", {{"latents", Feed::of(latents)}});
+      pixels(host(out, "pixels"), planned, made);
+    }
+    made.timings = std::move(timings);
+    return made;
+  }
+
+  /// [B, 3, H, W] -> pictures or [B, H, W, 3], clipped to 0..1 and cropped to the middle.
+  static void pixels(const Tensor& decoded, const Planned& planned, Result& made) {
+    if (!all_finite(decoded.data)) {
+      throw EngineError("stage_a.decode made numbers that are not finite; export it with --precision fp32");
+    }
+    const auto count = static_cast<std::size_t>(decoded.shape[0]);
+    const auto rows = static_cast<std::size_t>(decoded.shape[2]), columns = static_cast<std::size_t>(decoded.shape[3]);
+    const auto height = std::min<std::size_t>(static_cast<std::size_t>(planned.picture_size[0]), rows);
+    const auto width = std::min<std::size_t>(static_cast<std::size_t>(planned.picture_size[1]), columns);
+    const std::size_t top = (rows - height) / 2, left = (columns - width) / 2;
+    const bool floats = planned.request.output_type == "np";
+    if (floats) {
+      made.array = Tensor{{decoded.shape[0], static_cast<std::int64_t>(height), static_cast<std::int64_t>(width), 3},
+                          std::vector<float>(count * height * width * 3)};
+    }
+    for (std::size_t b = 0; b < count; ++b) {
+      Image image;
+      image.width = static_cast<std::int64_t>(width);
+      image.height = static_cast<std::int64_t>(height);
+      if (!floats) image.rgb.resize(height * width * 3);
+      for (std::size_t y = 0; y < height; ++y) {
+        for (std::size_t x = 0; x < width; ++x) {
+          for (std::size_t c = 0; c < 3; ++c) {
+            const float value = decoded.data[((b * 3 + c) * rows + top + y) * columns + left + x];
+            const float clipped = std::min(std::max(value, 0.0F), 1.0F);
+            const std::size_t at = (y * width + x) * 3 + c;
+            if (floats) {
+              made.array->data[b * height * width * 3 + at] = clipped;
+            } else {
+              image.rgb[at] = static_cast<std::uint8_t>(std::nearbyint(clipped * 255.0F));
+            }
+          }
+        }
+      }
+      if (!floats) made.images.push_back(std::move(image));
+    }
+  }
+};
+
+Pipeline::Pipeline(std::shared_ptr<const Bundle> bundle, const Options& options) {
+  if (!bundle) throw RequestError("there is no bundle; open one with Bundle::open", "bundle");
+  impl_ = std::make_unique<Impl>(std::move(bundle), options);
+}
+
+Pipeline::~Pipeline() = default;
+Pipeline::Pipeline(Pipeline&&) noexcept = default;
+Pipeline& Pipeline::operator=(Pipeline&&) noexcept = default;
+
+Plan Pipeline::plan(const Request& request) const {
+  const Planned planned = impl_->plan(request, {}, Part::picture);
+  Plan made;
+  made.request = planned.request;
+  made.pictures = planned.pictures;
+  made.prior_height = planned.prior_size[0];
+  made.prior_width = planned.prior_size[1];
+  made.decoder_height = planned.decoder_size[0];
+  made.decoder_width = planned.decoder_size[1];
+  made.height = planned.picture_size[0];
+  made.width = planned.picture_size[1];
+  made.engines = planned.engines;
+  made.memory = planned.memory;
+  return made;
+}
+
+Result Pipeline::generate(const Request& request, const StepCallback& on_step, const Tensors& given) {
+  const Planned planned = impl_->plan(request, given, Part::picture);
+  const Impl::Turn turn(*impl_);
+  const Impl::Together together(*impl_, planned.engines);
+  std::map<std::string, double> timings;
+  PictureNoise noise(planned.request.noise, planned.seeds);
+  Embeddings texts;
+  {
+    const Impl::Timed timed(*impl_, timings, "text_encoder");
+    texts = impl_->embed(planned, given);
+  }
+  const Tensor embeddings = impl_->run_prior(planned, given, texts, noise, on_step, timings);
+  return impl_->run_decoder(planned, given, embeddings, texts, noise, on_step, timings);
+}
+
+PriorResult Pipeline::prior(const Request& request, const StepCallback& on_step, const Tensors& given) {
+  const Planned planned = impl_->plan(request, given, Part::prior);
+  const Impl::Turn turn(*impl_);
+  const Impl::Together together(*impl_, planned.engines);
+  PriorResult made;
+  PictureNoise noise(planned.request.noise, planned.seeds);
+  Embeddings texts;
+  {
+    const Impl::Timed timed(*impl_, made.timings, "text_encoder");
+    texts = impl_->embed(planned, given);
+  }
+  made.image_embeddings = impl_->run_prior(planned, given, texts, noise, on_step, made.timings);
+  made.prompt_embeds = *texts.prompt;
+  made.prompt_embeds_pooled = *texts.pooled;
+  made.negative_prompt_embeds = texts.negative;
+  made.negative_prompt_embeds_pooled = texts.negative_pooled;
+  made.seeds = planned.seeds;
+  return made;
+}
+
+Result Pipeline::decode(const Request& request, const Tensors& given, const StepCallback& on_step) {
+  Request own = request;
+  if (texts_of(own.prompt).empty() && !given.prompt_embeds && !given.prompt_embeds_pooled) own.prompt = std::string();
+  const Planned planned = impl_->plan(own, given, Part::decoder);
+  const Impl::Turn turn(*impl_);
+  const Impl::Together together(*impl_, planned.engines);
+  std::map<std::string, double> timings;
+  PictureNoise noise(planned.request.noise, planned.seeds);
+  const Tensor embeddings = repeated(*given.image_embeddings, planned.pictures / given.image_embeddings->shape[0]);
+  Embeddings texts;
+  {
+    const Impl::Timed timed(*impl_, timings, "text_encoder");
+    texts = impl_->embed(planned, given);
+  }
+  return impl_->run_decoder(planned, given, embeddings, texts, noise, on_step, timings);
+}
+
+std::map<std::string, Tensor> Pipeline::run_engine(const std::string& name,
+                                                   const std::map<std::string, Tensor>& feeds) {
+  const Impl::Turn turn(*impl_);
+  Feeds told;
+  for (const auto& item : feeds) {
+    if (count_of(item.second.shape) != item.second.data.size()) {
+      throw EngineError(name + ": " + item.first + " has shape " + shape_text(item.second.shape) + " and " +
+                        std::to_string(item.second.data.size()) + " numbers");
+    }
+    told.emplace(item.first, Feed::of(item.second));
+  }
+  return impl_->call(name, told).host;
+}
+
+std::vector<std::vector<std::int64_t>> Pipeline::tokenize(const std::vector<std::string>& prompts) const {
+  const Impl::Turn turn(*impl_);
+  std::vector<std::vector<std::int64_t>> made;
+  for (const auto& prompt : prompts) made.push_back(impl_->read_tokenizer()(prompt).ids);
+  return made;
+}
+
+void Pipeline::interrupt() noexcept { impl_->interrupted = true; }
+
+void Pipeline::close() {
+  impl_->closed = true;
+  std::map<std::string, std::shared_ptr<const Engine>> last;
+  const std::lock_guard<std::mutex> lock(impl_->keeping);
+  last.swap(impl_->engines);
+}
+
+const std::string& Pipeline::provider() const noexcept { return impl_->provider; }
+const std::shared_ptr<const Bundle>& Pipeline::bundle() const noexcept { return impl_->bundle; }
+void Pipeline::on_warning(std::function<void(const std::string&)> callback) { impl_->warn = std::move(callback); }
+
+Request alone(const Result& result, std::size_t index) {
+  Request made = result.request;
+  if (result.seeds.size() != 1 || result.images.size() == 1) {
+    made.seeds = std::vector<std::uint64_t>{result.seeds.at(result.seeds.size() == 1 ? 0 : index)};
+    made.num_images_per_prompt = 1;
+    const auto prompts = texts_of(made.prompt);
+    if (prompts.size() > 1) made.prompt = prompts[index / (result.seeds.size() / prompts.size())];
+    const auto negatives = texts_of(made.negative_prompt);
+    if (negatives.size() > 1) made.negative_prompt = negatives[index / (result.seeds.size() / negatives.size())];
+    for (LoopSettings* loop : {&made.prior, &made.decoder}) {
+      const auto* several = std::get_if<std::vector<double>>(&loop->guidance_scale);
+      if (several != nullptr && several->size() > 1) {
+        loop->guidance_scale = several->at(index * several->size() / result.seeds.size());
+      }
+    }
+  }
+  return made;
+}
+
+}  // namespace cascade_rt

@@ -1,0 +1,52 @@
+// The request's checks, and what a request means to a bundle.
+#pragma once
+#include "bundle.hpp"
+#include "sampling.hpp"
+
+namespace cascade_rt::detail {
+
+Json to_json(const Request& request);
+Request request_from(const Json& values);  // throws RequestError
+void check(const Request& request);        // throws RequestError
+std::vector<std::string> texts_of(const Texts& texts);
+std::uint64_t parse_seed(const std::string& text, bool& fits);
+
+enum class Part { picture, prior, decoder };
+
+struct LoopPlan {
+  std::string stage;
+  Schedule schedule;
+  std::vector<std::vector<double>> scales;  // [steps][B]
+  double rescale = 0;
+  Shape latents;
+
+  std::vector<std::size_t> guided(std::size_t step) const;  // pictures that are guided in a step
+  std::vector<std::size_t> ever_guided() const;
+};
+
+struct Planned {
+  Request request;
+  Part part = Part::picture;
+  std::int64_t pictures = 0;
+  std::int64_t prompts = 0;
+  std::vector<std::uint64_t> seeds;
+  std::array<std::int64_t, 2> prior_size{}, decoder_size{}, picture_size{};  // (height, width)
+  std::optional<LoopPlan> prior, decoder;
+  double latent_scale = 1;
+  std::vector<std::string> engines;
+  std::uint64_t memory = 0;
+
+  bool needs_negative() const;
+};
+
+/// The engines that will run: for every name and set of features the first that can.
+using Records = std::vector<const EngineRecord*>;
+const EngineRecord* record_of(const Records& records, const std::string& name);
+
+/// Plan a request. Throws RequestError, or BundleError whose field is the name of the engine that is missing.
+Planned plan(const Request& request, const Manifest& manifest, const Records& records, const Tensors& given, Part part);
+
+/// Refuse arrays that are not finite, or lack their partner. Throws RequestError.
+void check_tensors(const Tensors& given);
+
+}  // namespace cascade_rt::detail
