@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from cascade_export.models import (
+    ControlNetConfig,
     Denoiser,
     DenoiserConfig,
     EffNetConfig,
@@ -82,6 +83,22 @@ STAGE_B = DenoiserConfig(
     dropout=(0.0, 0.0, 0.0),
     self_attn=(True, True, True),
     timestep_conditioning_type=("sca",),
+)
+
+IMAGE_SIDE = 64
+IMAGE_WIDTH = 96
+
+# Every number of the backbone is small: edges are simpler than pictures, and it sees 256 x 256 of them.
+CONTROL = ControlNetConfig(
+    proj_blocks=(0, 1, 3, 5),
+    stages=(
+        ("fused", 1, 3, 2, 16, 1),
+        ("fused", 4, 3, 2, 32, 2),
+        ("mb", 4, 3, 2, 64, 2),
+        ("mb", 4, 5, 2, 96, 3),
+    ),
+    stem_channels=8,
+    last_channels=128,
 )
 
 
@@ -194,6 +211,7 @@ SCENES_OUTLINE = 6000  # training scenes whose outlines are taught to Stage B be
 OUTLINE_STEPS = 12_000
 OUTLINE_BATCH = 4096  # single positions
 OUTLINE_NOISE = 0.05  # on what is seen of colours, radius and kind
+SCENES_IMAGE = 40_000  # training scenes with a small picture, their meaning and captions kept ready; 19 kB each
 CAPTIONS = 6  # different captions of each training scene
 
 CROP = 128  # Stage A is convolutional: crops cost a quarter of whole pictures and hold as many edges

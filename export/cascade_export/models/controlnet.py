@@ -139,8 +139,11 @@ class ControlNet(nn.Module):
             ``in_channels`` is not 3, the first convolution has no padding, and h may be one less if H is not a
             multiple of 32. With the other backbones h is H.
         """
-        x = self.backbone(control.to(next(self.parameters()).dtype))
-        residuals = torch.stack([projection(x) for projection in self.projections], dim=1)
+        return self.project(self.backbone(control.to(next(self.parameters()).dtype)))
+
+    def project(self, features: Tensor) -> Tensor:
+        """The backbone's output ``[B, E, h, w]`` -> residuals as `forward` returns them."""
+        residuals = torch.stack([projection(features) for projection in self.projections], dim=1)
         return residuals.permute(0, 1, 3, 4, 2).float()
 
 
