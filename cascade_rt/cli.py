@@ -24,12 +24,13 @@ from .commands import CommandParser
 from .errors import OutputError, RequestError, plain, shown
 from .files import name_of, said_by, write_together, written_whole
 from .image import FORMATS, encode_picture, read_request
+from .lora import parse_lora
 from .manifest import PRESETS, Figures
 from .noise import MAX_SEED
 from .outputs import CascadeOutput
 from .pictures import encoder_pixels, open_picture
 from .pipeline import CascadePipeline
-from .request import ImagePrompt, LoopSettings, Request, check_integer, check_pictures, given_or, new_seeds
+from .request import ImagePrompt, LoopSettings, LoraFile, Request, check_integer, check_pictures, given_or, new_seeds
 from .runner import StepEnd
 from .sampling import SAMPLERS
 
@@ -66,6 +67,7 @@ def run_parser() -> argparse.ArgumentParser:
         help="0..1, how much of it is drawn anew (default: 0.8, or 1 with --mask)",
     )
     add("--mask", metavar="FILE", help="white where the picture of --init is drawn anew; black is kept")
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="LoRA file to apply; repeatable")
     add("--reconstruct", metavar="FILE", help="encode a picture and decode it again, and print the PSNR")
     add("--seed", type=int, metavar="N", help="0..2**64-1 (default: a new one); further pictures have N+1, N+2, ...")
     add("--size", metavar="WxH", help="pixels, 64..4096 each (default: the bundle's)")
@@ -161,6 +163,7 @@ def requested(args: argparse.Namespace) -> Request:
         init_image=given_or(init, base.init_image),
         strength=0.0 if args.reconstruct is not None else given_or(args.strength, base.strength),
         mask_image=given_or(args.mask, base.mask_image),
+        loras=tuple(LoraFile(file=str(x.path), scale=x.scale) for x in map(parse_lora, args.lora)) or base.loras,
         prior=_loop(base.prior, args.steps, args.guidance),
         decoder=_loop(base.decoder, args.decoder_steps, args.decoder_guidance),
     )

@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -75,6 +76,9 @@ class EngineLoader:
         self._together: tuple[_Key, ...] = ()
         self.seconds = 0.0
         """Spent loading, from the beginning."""
+        self._overlay: Path | None = None
+        self._replaced: frozenset[str] = frozenset()
+        self._overlay_label = ""
         self._closed = False
         self._keeping = threading.Lock()  # an engine is either kept or closed, whoever closes meanwhile
         self._process = os.getpid()
@@ -181,6 +185,22 @@ class EngineLoader:
         if engine is not None:
             engine.close()
 
+    def use_overlay(self, folder: Path | None, files: Iterable[str] = (), label: str = "") -> None:
+        """Load engines whose weights are among ``files`` from another folder from now on.
+
+        Engines that are loaded with other weights are closed.
+
+        Args:
+            folder: holds the weights files and the graphs that point into them; None: the bundle's own again.
+            files: names of weights files.
+            label: of their contents, for what providers keep between runs.
+        """
+        changed = self._replaced | frozenset(files)
+        self._overlay, self._replaced, self._overlay_label = folder, frozenset(files), label
+        for key in list(self._engines):
+            if changed & set(self.record(*key).weights):
+                self.discard(*key)
+
     @contextmanager
     def together(self, *engines: EngineName) -> Iterator[None]:
         """Within, the first engine that must be loaded brings all of ``engines`` with it, two at a time.
@@ -285,9 +305,12 @@ class EngineLoader:
         """
         for weights in record.weights:
             self.bundle.file(weights)
-        path = self.bundle.file(record.file)
+        path, digest = self.bundle.file(record.file), self._digest(record)
+        if self._overlay is not None and self._replaced & set(record.weights):
+            path = self._overlay / record.file
+            digest = hashlib.sha256(f"{digest} {self._overlay_label}".encode()).hexdigest()
         try:
-            return open_engine(record, path, self.provider, replace(self.options, digest=self._digest(record)))
+            return open_engine(record, path, self.provider, replace(self.options, digest=digest))
         except StaleEngineError as error:
             command = self.bundle.command(record.name, record.runtime, self._sm)
             raise StaleEngineError(f"{error}. Build it again with: {command} --overwrite") from None

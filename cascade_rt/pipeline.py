@@ -26,7 +26,7 @@ from .outputs import CascadeOutput
 from .pictures import open_mask, open_picture, pictures_to_vary
 from .plan import Plan
 from .prior import PriorPipeline
-from .request import LoopSettings, Prompt, Request, Tensors, as_array, seeds_and_noise
+from .request import LoopSettings, LoraFile, Prompt, Request, Tensors, as_array, seeds_and_noise
 from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
 
@@ -113,6 +113,29 @@ class CascadePipeline:
             outputs = self._runner.engines.call(name, feeds)
         return {key: value for key, value in outputs.items() if isinstance(value, np.ndarray)}
 
+    def load_lora_weights(self, file: str | os.PathLike[str], scale: float = 1.0) -> None:
+        """Apply a LoRA file to every request from now on; several add up. The bundle stays as it is.
+
+        Args:
+            file: ``.safetensors``: the authors', kohya's (OneTrainer, ComfyUI) or PEFT's.
+            scale: factor of everything that it adds.
+
+        Raises:
+            RequestError: a scale that is not accepted.
+            CheckpointError: the file is missing or damaged, or does not fit the bundle.
+            EngineError: the provider runs TensorRT engine files, whose weights cannot be exchanged.
+        """
+        added = Request(prompt="", loras=(LoraFile(file=os.fspath(file), scale=scale),)).loras
+        with self._runner.turn():
+            self._runner.apply_loras((*self._runner.loras, *added))
+            self._runner.loras += added
+
+    def unload_lora_weights(self) -> None:
+        """Take all LoRA files of `load_lora_weights` off again: pictures are what they were, bit for bit."""
+        with self._runner.turn():
+            self._runner.loras = ()
+            self._runner.apply_loras(())
+
     def encode(self, image: Any, height: int | None = None, width: int | None = None) -> NDArray[np.float32]:
         """The semantic latents of a picture: what Stage C would make of it.
 
@@ -160,7 +183,7 @@ class CascadePipeline:
 
     def close(self) -> None:
         """Give back every engine. Closing twice is fine; a closed pipeline refuses to run."""
-        self._runner.engines.close()
+        self._runner.close()
 
     def __enter__(self) -> CascadePipeline:
         return self
@@ -266,8 +289,8 @@ class CascadePipeline:
             callback_on_step_end: called after each Stage B step.
             callback_on_step_end_tensor_inputs: what it gets.
             seed: 0..2**64-1: stands for ``generator``; several: one for every picture. None is a new one every time.
-            noise: ``torch-cpu``, ``torch-cuda`` or ``notebook``: whose random numbers a seed stands for; None: the CPU's,
-                or those of the generator's device.
+            noise: ``torch-cpu``, ``torch-cuda`` or ``notebook``: whose random numbers a seed stands for; None: the
+                CPU's, or those of the generator's device.
             sampler: ``original`` or ``diffusers``.
             preset: ``quality``, ``balanced`` or ``fast``: what is not given here.
             image_embeds: ``[1, n, I]`` CLIP image embeddings, instead of ``images``.

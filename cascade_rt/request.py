@@ -31,6 +31,8 @@ MIN_PIXELS = 64
 MAX_PIXELS = 4096
 MAX_GUIDANCE = 1000
 MAX_PICTURES = 1024
+MAX_LORAS = 16
+MAX_LORA_SCALE = 1000
 MAX_PROMPT_CHARACTERS = 100_000
 MAX_TENSOR_VALUE = 1e6
 """Latents and embeddings have about unit size; a larger value is a mistake that would end in NaN."""
@@ -70,6 +72,19 @@ class ImagePrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """A LoRA file that is applied while the request runs.
+
+    Attributes:
+        file: path of a ``.safetensors`` file.
+        scale: factor of everything that it adds.
+    """
+
+    file: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """Everything that one call asks for. Plain data; every field is checked when it is made.
 
@@ -91,6 +106,7 @@ class Request:
         strength: how much of ``init_image`` is drawn anew: 0 only encodes and decodes it, 1 begins at pure noise; None
             is 0.8, or 1 with a mask.
         mask_image: white where ``init_image`` is drawn anew; black is kept.
+        loras: LoRA files that are applied, beside those of `CascadePipeline.load_lora_weights`.
         output_type: ``pil``, ``np`` or ``latent``.
 
     Raises:
@@ -112,6 +128,7 @@ class Request:
     init_image: str | None = None
     strength: float | None = None
     mask_image: str | None = None
+    loras: tuple[LoraFile, ...] = ()
     output_type: OutputType = "pil"
 
     def __post_init__(self) -> None:
@@ -132,6 +149,7 @@ class Request:
             "init_image": optional(_check_place, "init_image", self.init_image),
             "strength": optional(check_share, "strength", self.strength),
             "mask_image": optional(_check_place, "mask_image", self.mask_image),
+            "loras": _lora_files(self.loras),
             "output_type": check_choice("output_type", self.output_type, get_args(OutputType)),
         }
         for name, value in put.items():
@@ -268,6 +286,21 @@ def _image_prompts(images: Any) -> tuple[ImagePrompt, ...]:
             raise refused(name, one, "an object with image and weight")
         weight = check_number(f"{name}.weight", given.weight, MAX_WEIGHT)
         made.append(ImagePrompt(image=_check_place(f"{name}.image", given.image), weight=weight))
+    return tuple(made)
+
+
+def _lora_files(loras: Any) -> tuple[LoraFile, ...]:
+    if not isinstance(loras, list | tuple) or len(loras) > MAX_LORAS:
+        raise refused("loras", loras, f"a list of up to {MAX_LORAS} files with scales")
+    made = []
+    for index, one in enumerate(loras):
+        name = f"loras[{index}]"
+        if isinstance(one, Mapping) and (set(one) - {"file", "scale"} or "file" not in one):
+            raise refused(name, one, "an object with file and scale")
+        given = LoraFile(**one) if isinstance(one, Mapping) else one
+        if not isinstance(given, LoraFile) or not isinstance(given.file, str) or not given.file or "\0" in given.file:
+            raise refused(name, one, "an object with file and scale")
+        made.append(LoraFile(file=given.file, scale=check_number(f"{name}.scale", given.scale, MAX_LORA_SCALE)))
     return tuple(made)
 
 
@@ -557,11 +590,12 @@ def seeds_of_generator(generator: Any) -> tuple[tuple[int, ...], NoiseKind]:
 def _has_drawn(state: bytes, device: str) -> bool:
     """Whether a torch generator's state is not that of a fresh one.
 
-    Matches: ``aten/src/ATen/CPUGeneratorImpl.cpp`` (``CPUGeneratorImplStateLegacy``: seed, then ``left``, which is 1
-    until the first number) and ``CUDAGeneratorImpl.cpp`` (seed, then the offset of Philox, which is 0).
+    Matches: ``aten/src/ATen/CPUGeneratorImpl.cpp`` (``CPUGeneratorImplStateLegacy``: seed, ``left``, ``seeded``,
+    ``next``; a fresh one has ``left`` 1 and ``next`` 0, and after every 624 numbers ``left`` is 1 again) and
+    ``CUDAGeneratorImpl.cpp`` (seed, then the offset of Philox, which is 0).
     """
     if device == "cpu":
-        return int.from_bytes(state[8:12], "little") != 1
+        return int.from_bytes(state[8:12], "little") != 1 or any(state[16:24])
     return any(state[8:16])
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +25,13 @@ from .files import name_of
 from .image import colours_of, crop_center, resize_bilinear, to_pil
 from .loader import EngineLoader
 from .loop import Context, Denoising, Kept, Step, StepBatch
+from .lora import Lora, lora_path
 from .noise import PictureNoise
 from .outputs import CascadeOutput, PriorOutput
+from .overlay import label_of, write_overlay
 from .pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open_picture
 from .plan import DenoiserName, InitPlan, LoopPlan, Part, Plan, plan
-from .request import Request, Tensors, as_array, check_tensors
+from .request import LoraFile, Request, Tensors, as_array, check_tensors
 from .sampling import cosine_alpha_bar, diffuse, timestep_embedding
 from .stages import ENGINES
 
@@ -78,6 +83,10 @@ class Runner:
         self.engines = EngineLoader(bundle, provider, low_memory=low_memory, options=options)
         self.bar: dict[str, Any] = {"disable": None}  # None: a bar on a terminal, nothing when piped
         self.interrupted = threading.Event()
+        self.loras: tuple[LoraFile, ...] = ()
+        """Applied to every request, beside its own."""
+        self._loras = ""
+        self._lora_folder: Path | None = None
         self._turn = threading.Lock()
         self._running: int | None = None
 
@@ -146,6 +155,48 @@ class Runner:
         timings[name] = timings.get(name, 0.0) + time.perf_counter() - started - loading
         timings["load"] = timings.get("load", 0.0) + loading
 
+    def apply_loras(self, wanted: Sequence[LoraFile]) -> None:
+        """Have the engines run with these LoRA files, and with no others.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or does not fit the bundle.
+            EngineError: the provider runs TensorRT engine files, whose weights cannot be exchanged.
+            OutputError: there is no room for the changed weights.
+        """
+        loras = [Lora(lora_path(one.file), one.scale) for one in wanted if one.scale != 0]
+        label = label_of(loras)
+        if label == self._loras:
+            return
+        folder = Path(tempfile.mkdtemp(prefix="cascade-lora-")) if loras else None
+        try:
+            files = (
+                set() if folder is None else write_overlay(self.bundle, self.engines.manifest.engines, loras, folder)
+            )
+        except BaseException:
+            self._remove(folder)
+            raise
+        before, self._lora_folder = self._lora_folder, folder
+        self.engines.use_overlay(folder, files, label)
+        self._loras = label
+        self._remove(before)
+
+    def _load_loras(self, request: Request, timings: dict[str, float]) -> None:
+        """Apply a request's LoRA files; what that takes counts as loading."""
+        started = time.perf_counter()
+        self.apply_loras((*self.loras, *request.loras))
+        timings["load"] = time.perf_counter() - started
+
+    @staticmethod
+    def _remove(folder: Path | None) -> None:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Give back every engine, and remove changed weights."""
+        self.engines.close()
+        before, self._lora_folder = self._lora_folder, None
+        self._remove(before)
+
     def encode(self, texts: Sequence[str]) -> tuple[Array, Array]:
         """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of texts."""
         return encode_texts(texts, self.bundle.tokenizer(), self.engines.call)
@@ -207,6 +258,7 @@ class Runner:
             end: told of Stage B's steps.
         """
         timings: dict[str, float] = {}
+        self._load_loras(planned.request, timings)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         with self.engines.together(*planned.engines):
             texts = self.embed(planned, given, timings)
@@ -216,6 +268,7 @@ class Runner:
     def prior(self, planned: Plan, given: Tensors, end: StepEnd) -> PriorOutput:
         """Run a plan whose part is ``prior``; arguments as in `picture`."""
         timings: dict[str, float] = {}
+        self._load_loras(planned.request, timings)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         with self.engines.together(*planned.engines):
             texts = self.embed(planned, given, timings)
@@ -234,6 +287,7 @@ class Runner:
     def decoder(self, planned: Plan, given: Tensors, end: StepEnd) -> CascadeOutput:
         """Run a plan whose part is ``decoder``; arguments as in `picture`."""
         timings: dict[str, float] = {}
+        self._load_loras(planned.request, timings)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         embeddings = np.repeat(given.image_embeddings, planned.pictures // len(given.image_embeddings), axis=0)
         with self.engines.together(*planned.engines):

@@ -11,6 +11,7 @@ import cascade_rt
 from cascade_rt.bundle import Bundle
 from cascade_rt.commands import CommandParser, run_command
 from cascade_rt.errors import RequestError
+from cascade_rt.lora import parse_lora
 from cascade_rt.manifest import MANIFEST
 from cascade_rt.stages import PRECISIONS, SIZES, Size, StageName, stage_names
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         from .checkpoints import open_checkpoint
         from .exporter import export
         from .job import ExportRequest, own_precision
-        from .lora import parse_lora, with_loras
+        from .lora import with_loras
         from .shape_options import parse_shapes
         from .targets import ONNX, resolve_targets
     except ImportError as error:
