@@ -1,5 +1,4 @@
-# make demo    a picture from a prompt, from a fresh checkout
-# make test    every test that this machine can run; what is skipped says why
+# make help says what there is
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,15 +7,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PROMPT ?= a large red circle at the left on a blue background
 SEED ?= 0
+# tests of a file share what they set up, so that a file stays with one worker
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+PARALLEL = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist loadfile")
 
-.PHONY: help demo test test-wheel lint bench bench-gpu clean
+.PHONY: help demo check test test-wheel lint bench bench-gpu cpp cpp-needs clean
 
-help:
-	@echo "make demo   export the tiny cascade and make a picture: demo/picture.png (PROMPT=..., SEED=...)"
-	@echo "make test   run every test that this machine can run"
-	@echo "make lint   ruff and mypy"
-	@echo "make bench  race the tiny cascade against PyTorch and judge its pictures (see benchmarks/README.md)"
-	@echo "make clean  remove what these commands made"
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+		while IFS='|' read -r name text; do printf 'make %-11s %s\n' "$$name" "$$text"; done
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,46 +28,63 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) $(PINS) -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo ## export the tiny cascade and make a picture: demo/picture.png (PROMPT=..., SEED=...)
 	$(BIN)/cascade-export --stage all --size tiny --out demo/bundle --overwrite
 	$(BIN)/cascade-run "$(PROMPT)" --bundle demo/bundle --seed $(SEED) -o demo/picture.png
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+check: lint ## lint, types and the fast tests (-m "not slow"): under 90 s on two cores in a tree that is set up
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) --durations=5
+
+test: $(VENV)/.dev ## every test that this machine can run; what is skipped says why (-rs), the slowest thirty their time
+	$(BIN)/python -m pytest -rs --durations=30 $(PARALLEL) --ignore=tests/bench
+	$(BIN)/python -m pytest -rs --durations=5 tests/bench
 	$(MAKE) test-wheel
 
 # the runtime's tests, copied out of the checkout, where only the built wheel and ONNX Runtime are installed
-test-wheel: $(VENV)/.dev
+test-wheel: $(VENV)/.dev ## the runtime's tests over the built wheel, without torch
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) \
-		"$$(ls build/wheel/*.whl)[onnxruntime]" pytest
-	mkdir build/wheel/tests && cp -r tests/runtime tests/conftest.py build/wheel/tests/
+		"$$(ls build/wheel/*.whl)[onnxruntime]" pytest hypothesis jsonschema
+	mkdir build/wheel/tests && cp -r tests/runtime tests/conftest.py tests/opened.py build/wheel/tests/
 	cd build/wheel && venv/bin/python -c 'import importlib.util as u; assert u.find_spec("torch") is None'
-	cd build/wheel && venv/bin/python -m pytest -ra --import-mode=importlib -p no:cacheprovider tests
+	cd build/wheel && venv/bin/python -m pytest -q -rs --durations=5 --import-mode=importlib -p no:cacheprovider \
+		-o pythonpath=tests -o markers="slow: takes longer than 2 s" tests
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/.bench: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) $(PINS) -e '.[bench,onnxruntime,openvino]'
 	touch $@
 
 # exit code 1 of the accuracy: a goal was missed, and it says which
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench ## race the tiny cascade against PyTorch and judge its pictures (see benchmarks/README.md)
 	mkdir -p build
 	$(BIN)/cascade-bench --stage text --stage c --stage b --stage a --stage picture --stage host \
 		--peer eager,compile --provider cpu,openvino --repeat 15 --json build/race_tiny_cpu.json --plot build/race_tiny_cpu.png
 	$(BIN)/cascade-bench --stage cold-start --stage import --repeat 7 --json build/startup.json
 	$(BIN)/python benchmarks/tiny_accuracy.py --json build/tiny_accuracy.json
 
-# on a machine with a GPU and its engine runtimes installed; WHAT=c, b or picture
-bench-gpu:
+bench-gpu: ## on a machine with a GPU and its engine runtimes installed: WHAT=c, b or picture
 	$(BIN)/cascade-bench --stage $(WHAT) --size big --precision bf16,fp16 --peer eager,compile \
 		--provider cuda,ort-tensorrt,tensorrt,tensorrt-rtx --repeat 20 --limit 150 --json build/gpu_$(WHAT).json
 
-lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+cpp: cpp-needs ## build the C++ and C kit with CMake: build/cpp (CMAKE_ARGS=...)
+	cmake -S engines/cpp -B build/cpp -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS)
+	cmake --build build/cpp --parallel $(WORKERS)
 
-clean:
-	rm -rf $(VENV) build dist demo .mypy_cache .ruff_cache .pytest_cache
+CPP_PACKAGES := g++ cmake pkg-config nlohmann-json3-dev libpng-dev libssl-dev libutf8proc-dev
+cpp-needs:
+	@missing=""; \
+	command -v cmake > /dev/null || missing="$$missing CMake"; \
+	command -v $${CXX:-c++} > /dev/null || missing="$$missing, a C++ compiler ($${CXX:-c++})"; \
+	test -f engines/cpp/CMakeLists.txt || missing="$$missing, engines/cpp"; \
+	test -z "$$missing" || { echo "make cpp cannot build here; missing:$${missing#,}."; \
+		echo "On Debian and Ubuntu: apt-get install $(CPP_PACKAGES)"; exit 1; }
+
+clean: ## remove what these commands made
+	rm -rf $(VENV) build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
