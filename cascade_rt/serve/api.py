@@ -14,14 +14,16 @@ from msgspec import Meta, Struct
 from PIL import Image
 
 from .. import __version__
+from ..checks import check_integer, given_or
 from ..commands import worded
 from ..errors import BundleError, CascadeError, RequestError, refused, shown
 from ..image import encode_picture
 from ..manifest import Manifest
 from ..noise import MAX_SEED
-from ..request import ImagePrompt, LoopSettings, Request, check_integer, given_or, new_seeds
+from ..request import ImagePrompt, LoopSettings, Request
 from ..sampling import MAX_STEPS
 from ..schema import parse_json, validated
+from ..seeds import new_seeds
 from .orders import (
     BusyError,
     CancelledOrderError,

@@ -38,7 +38,6 @@ from ..plan import LoopPlan, Plan
 from ..request import LoopSettings, Request, Tensors
 from ..runner import Runner
 from ..stages import ITEM_SIZE, EngineSpec
-from .metrics import Metrics
 from .orders import (
     BusyError,
     CancelledOrderError,
@@ -51,6 +50,7 @@ from .orders import (
     UnknownModelError,
     single,
 )
+from .watch import Watch
 
 Array = NDArray[np.float32]
 Tell = Callable[[Event], None]
@@ -165,18 +165,18 @@ def as_bytes(pixels: Array) -> NDArray[np.uint8]:
 class Group:
     """Tasks that share engine calls."""
 
-    def __init__(self, name: str, runner: Runner, metrics: Metrics, limits: Limits) -> None:
+    def __init__(self, name: str, runner: Runner, watch: Watch, limits: Limits) -> None:
         """Begin without tasks.
 
         Args:
-            name: of the stage, for metrics.
+            name: of the stage, for `Watch`.
             runner: whose engines run.
-            metrics: told of every call.
+            watch: told of every call.
             limits: of a call.
         """
         self.name = name
         self.runner = runner
-        self.metrics = metrics
+        self.watch = watch
         self.limits = limits
         self.used = 0.0
         """Engine time that it used, for each task that it served; see the module's docstring."""
@@ -223,7 +223,7 @@ class OnceGroup(Group):
         self,
         name: str,
         runner: Runner,
-        metrics: Metrics,
+        watch: Watch,
         limits: Limits,
         call: Callable[[Sequence[Once]], Sequence[Any]],
         most: int,
@@ -234,7 +234,7 @@ class OnceGroup(Group):
             call: tasks -> what came out, in their order.
             most: tasks of a call.
         """
-        super().__init__(name, runner, metrics, limits)
+        super().__init__(name, runner, watch, limits)
         self._call, self._most = call, most
         self._waiting: deque[Once] = deque()
 
@@ -258,7 +258,7 @@ class OnceGroup(Group):
         """Make one engine call for as many tasks as fit; how many there were."""
         tasks = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
         try:
-            with self.metrics.call(self.name, len(tasks)):
+            with self.watch.call(self.name, len(tasks)):
                 results = self._call(tasks)
         except Exception as error:
             _fail_all((task.picture for task in tasks), error)
@@ -303,7 +303,7 @@ class LoopGroup(Group):
         self,
         name: str,
         runner: Runner,
-        metrics: Metrics,
+        watch: Watch,
         limits: Limits,
         engine: str,
         room: Callable[[int], bool],
@@ -318,7 +318,7 @@ class LoopGroup(Group):
             room: whether that many bytes of further context tensors may be held.
             alone: whether every call is for one task alone.
         """
-        super().__init__(name, runner, metrics, limits)
+        super().__init__(name, runner, watch, limits)
         self._engine = engine
         self._spec = runner.engines.record(engine).spec
         self._room, self._alone = room, alone
@@ -365,7 +365,7 @@ class LoopGroup(Group):
                 return
             self._waiting.popleft()
             try:
-                with self.metrics.call(self._engine.replace("step", "context"), task.plan.context_rows):
+                with self.watch.call(self._engine.replace("step", "context"), task.plan.context_rows):
                     denoising, context = task.begin()
             except Exception as error:
                 _fail_all([task.picture], error)
@@ -384,7 +384,7 @@ class LoopGroup(Group):
                 if self._batch is None or self._batch_engine is not engine:
                     self._batch = StepBatch(engine, [(m.denoising, m.context) for m in self._members])
                     self._batch_engine = engine
-                with self.metrics.call(self._engine, sum(member.denoising.rows for member in self._members)):
+                with self.watch.call(self._engine, sum(member.denoising.rows for member in self._members)):
                     steps = self._batch.step()
         except Exception as error:
             _fail_all((member.task.picture for member in self._members), error)
@@ -431,17 +431,17 @@ def _fail_all(pictures: Iterable[Picture], error: Exception) -> None:
 class Batcher:
     """Draws the pictures of orders, on a thread of its own."""
 
-    def __init__(self, runners: Mapping[str, Runner], limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, runners: Mapping[str, Runner], limits: Limits, watch: Watch) -> None:
         """Prepare; `start` begins.
 
         Args:
             runners: of every bundle, by the name of its model.
             limits: what is taken.
-            metrics: told of every call and picture.
+            watch: told of every call and picture.
         """
         self._runners = dict(runners)
         self._limits = limits
-        self._metrics = metrics
+        self._watch = watch
         self._changed = threading.Condition()
         self._arrived: deque[Picture] = deque()
         self._pictures: set[Picture] = set()
@@ -532,7 +532,7 @@ class Batcher:
             self._arrived.extend(made)
             self._pictures.update(made)
             self._changed.notify()
-        self._metrics.load(self.load)
+        self._watch.load(self.load)
         return made
 
     def cancel(self, pictures: Iterable[Picture]) -> None:
@@ -632,14 +632,14 @@ class Batcher:
                 picture.fail(
                     UnavailableError(f"the picture was not ready within {waited} s", self.retry_after(self.load))
                 )
-            self._metrics.ended(picture.order.model, outcome)
+            self._watch.ended(picture.order.model, outcome)
             if outcome == "finished":
                 self._picture_seconds += 0.2 * (min(now - self._last_end, 60.0) - self._picture_seconds)
                 self._last_end = now
         if gone:
             with self._changed:
                 self._pictures.difference_update(gone)
-            self._metrics.load(self.load)
+            self._watch.load(self.load)
 
     def _turn(self) -> None:
         """Give the next turn to the group that used the least engine time for each task that it served."""
@@ -683,7 +683,7 @@ class Batcher:
         self._group((picture.order.model, "text", alone), make).add(Once(picture=picture, value=None, then=then))
 
     def _maker(self, kind: type[Group], name: str, runner: Runner, **rest: Any) -> Callable[[], Group]:
-        return lambda: kind(name, runner, self._metrics, self._limits, **rest)
+        return lambda: kind(name, runner, self._watch, self._limits, **rest)
 
     def _loop_group(self, picture: Picture, plan: LoopPlan, images: int = 0) -> LoopGroup:
         runner, alone = self._runners[picture.order.model], picture.order.deterministic

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from .watch import Watch
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 RATE_SECONDS = 60.0
 _CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -17,7 +19,7 @@ _REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
-class Metrics:
+class Metrics(Watch):
     """Counters of one service, in a registry of their own. They may be told from any thread."""
 
     def __init__(self) -> None:
