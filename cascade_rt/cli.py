@@ -20,6 +20,7 @@ import PIL.Image
 from . import __version__
 from .backends import PROVIDERS
 from .bundle import find_bundle
+from .checks import check_integer, check_pictures, given_or
 from .commands import CommandParser
 from .errors import OutputError, RequestError, plain, shown
 from .files import name_of, said_by, write_together, written_whole
@@ -30,9 +31,10 @@ from .noise import MAX_SEED
 from .outputs import CascadeOutput
 from .pictures import encoder_pixels, open_picture
 from .pipeline import CascadePipeline
-from .request import ImagePrompt, LoopSettings, LoraFile, Request, check_integer, check_pictures, given_or, new_seeds
+from .request import ImagePrompt, LoopSettings, LoraFile, Request
 from .runner import StepEnd
 from .sampling import SAMPLERS
+from .seeds import new_seeds
 
 RUN_EXAMPLES = """examples:
   cascade-run "a red circle" -o circle.png --seed 0

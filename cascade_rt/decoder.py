@@ -7,9 +7,10 @@ from typing import Any
 
 from .errors import refused
 from .noise import NoiseKind
-from .request import LoopSettings, Prompt, Request, Tensors, seeds_and_noise
+from .request import LoopSettings, Prompt, Request, Tensors
 from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
+from .seeds import seeds_and_noise
 
 
 class DecoderPipeline:

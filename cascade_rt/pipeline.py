@@ -18,6 +18,7 @@ from PIL.Image import Image
 
 from .backends.base import EngineOptions
 from .bundle import Bundle, find_bundle
+from .checks import as_array
 from .decoder import DecoderPipeline
 from .errors import refused
 from .manifest import PresetName
@@ -26,9 +27,10 @@ from .outputs import CascadeOutput
 from .pictures import open_mask, open_picture, pictures_to_vary
 from .plan import Plan
 from .prior import PriorPipeline
-from .request import LoopSettings, LoraFile, Prompt, Request, Tensors, as_array, seeds_and_noise
+from .request import LoopSettings, LoraFile, Prompt, Request, Tensors
 from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
+from .seeds import seeds_and_noise
 
 
 class CascadePipeline:

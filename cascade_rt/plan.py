@@ -12,10 +12,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import given_or
 from .errors import BundleError, RequestError, refused
 from .manifest import EngineRecord, LoopDefaults, LoopOverrides, Manifest, ModelFacts, Preset, SamplerPreset
-from .request import LoopSettings, Request, Tensors, given_or, new_seeds
+from .request import LoopSettings, Request, Tensors
 from .sampling import SamplerName, Schedule, make_schedule
+from .seeds import new_seeds
 from .sizes import Sizes, decoder_size, grids_of, plan_sizes
 from .stages import ENGINES, ITEM_SIZE, EngineSpec
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .checks import check_absent, check_choice
 from .noise import NoiseKind
 from .outputs import PriorOutput
 from .pictures import pictures_to_vary
-from .request import LoopSettings, Prompt, Request, Tensors, check_absent, check_choice, seeds_and_noise
+from .request import LoopSettings, Prompt, Request, Tensors
 from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
+from .seeds import seeds_and_noise
 
 
 class PriorPipeline:

@@ -14,9 +14,9 @@ from typing import Literal
 import msgspec
 
 from .backends.profile import profile
+from .checks import MAX_PIXELS, MIN_PIXELS
 from .errors import RequestError
 from .manifest import EngineRecord, Manifest, ModelFacts
-from .request import MAX_PIXELS, MIN_PIXELS
 from .sampling import SAMPLERS
 from .sizes import grids_of, plan_sizes, round_up
 from .stages import AxisRange, EngineSpec

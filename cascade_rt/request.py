@@ -16,9 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from .errors import RequestError, plain, refused, shortened, shown
+from .checks import (
+    MAX_PICTURES,
+    as_array,
+    as_prompts,
+    check_choice,
+    check_integer,
+    check_number,
+    check_pictures,
+    check_pixels,
+    check_scale,
+    check_seeds,
+    check_share,
+    optional,
+)
+from .errors import RequestError, refused, shown
 from .manifest import PRESETS, PresetName
-from .noise import MAX_SEED, NoiseKind
+from .noise import NoiseKind
 from .pictures import MAX_IMAGES, MAX_WEIGHT, Mask
 from .sampling import MAX_STEPS, SamplerName
 from .schema import parse_json
@@ -27,15 +41,8 @@ Array = NDArray[np.float32]
 Prompt = str | Sequence[str]
 OutputType = Literal["pil", "np", "latent"]
 
-MIN_PIXELS = 64
-MAX_PIXELS = 4096
-MAX_GUIDANCE = 1000
-MAX_PICTURES = 1024
 MAX_LORAS = 16
 MAX_LORA_SCALE = 1000
-MAX_PROMPT_CHARACTERS = 100_000
-MAX_TENSOR_VALUE = 1e6
-"""Latents and embeddings have about unit size; a larger value is a mistake that would end in NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,147 +318,6 @@ def _check_place(name: str, place: Any) -> str:
     return place
 
 
-def optional(check: Any, name: str, value: Any) -> Any:
-    """``check(name, value)``, or None for None."""
-    return None if value is None else check(name, value)
-
-
-def check_integer(name: str, value: Any, least: int, most: int) -> int:
-    """An integer within bounds.
-
-    Raises:
-        RequestError: no integer, or outside.
-    """
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        upper = "2**64 - 1" if most == MAX_SEED else most
-        raise refused(name, value, f"an integer from {least} to {upper}")
-    return int(value)
-
-
-def check_pixels(name: str, size: Any) -> int:
-    """A picture's height or width.
-
-    Raises:
-        RequestError: no integer, or outside 64..4096.
-    """
-    return check_integer(name, size, MIN_PIXELS, MAX_PIXELS)
-
-
-def check_pictures(name: str, count: Any) -> int:
-    """A number of pictures.
-
-    Raises:
-        RequestError: no integer, or outside 1..1024.
-    """
-    return check_integer(name, count, 1, MAX_PICTURES)
-
-
-def check_seeds(name: str, seeds: Any) -> tuple[int, ...]:
-    """One seed or several.
-
-    Raises:
-        RequestError: none, or one that is no integer or out of range.
-    """
-    several = [seeds] if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool) else seeds
-    if not isinstance(several, list | tuple) or not several or len(several) > MAX_PICTURES:
-        raise refused(name, seeds, f"an integer from 0 to 2**64 - 1, or a list of 1 to {MAX_PICTURES} of them")
-    return tuple(check_integer(name, seed, 0, MAX_SEED) for seed in several)
-
-
-def check_number(name: str, value: Any, most: float, note: str = "") -> float:
-    """A finite real number of at most ``most``, in absolute value.
-
-    Raises:
-        RequestError: anything else.
-    """
-    accepted = f"a finite number from -{most:g} to {most:g}{note}"
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
-        raise refused(name, value, accepted)
-    if not -most <= value <= most:  # also NaN, and integers that no float holds
-        raise refused(name, value, accepted)
-    return float(value)
-
-
-def check_scale(name: str, scale: Any) -> float:
-    """A guidance scale.
-
-    Raises:
-        RequestError: no finite number, or beyond 1000.
-    """
-    return check_number(name, scale, MAX_GUIDANCE, " (up to 1 means no guidance)")
-
-
-def check_choice(name: str, value: Any, accepted: Sequence[str]) -> str:
-    """One of several words.
-
-    Raises:
-        RequestError: another word.
-    """
-    if not isinstance(value, str) or value not in accepted:
-        words = ", ".join(accepted)
-        raise RequestError(
-            f"{name} {shown(value)} is not known; accepted: {words}", field=name, value=value, accepted=words
-        )
-    return value
-
-
-def as_prompts(name: str, prompt: Any) -> tuple[str, ...]:
-    """One prompt or several.
-
-    Raises:
-        RequestError: neither a string nor a non-empty list of strings, or text that is not Unicode, or too long.
-    """
-    if isinstance(prompt, str):
-        prompt = (prompt,)
-    if not isinstance(prompt, list | tuple) or not 1 <= len(prompt) <= MAX_PICTURES:
-        raise refused(name, prompt, f"a string or a list of 1 to {MAX_PICTURES} strings")
-    for text in prompt:
-        if not isinstance(text, str):
-            raise RequestError(
-                f"{name} has an entry of type {type(text).__name__} ({shown(text)}); every entry must be a string",
-                field=name,
-                value=text,
-            )
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            quoted = shortened(plain(text))
-            raise RequestError(f"{name} '{quoted}' is no Unicode text (it has bytes that are not UTF-8)", field=name)
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise RequestError(
-                f"{name} {shown(text)} has {len(text)} characters; up to {MAX_PROMPT_CHARACTERS} are accepted",
-                field=name,
-            )
-    return tuple(prompt)
-
-
-def as_array(name: str, value: Any, shape: tuple[int | None, ...]) -> Array:
-    """A caller's tensor as C-contiguous float32 of exactly ``shape`` (None: any size).
-
-    Raises:
-        RequestError: another shape, no real numbers, or one that is NaN, infinite or beyond 1e6.
-    """
-    try:
-        found = np.asarray(value)
-    except Exception as error:  # a caller's own class may raise anything; torch raises TypeError and RuntimeError
-        kind = type(value).__name__
-        raise RequestError(
-            f"{name} of type {kind} is no array of numbers: {shortened(plain(str(error)))}", field=name
-        ) from None
-    if found.dtype.kind not in "fiu":
-        raise RequestError(
-            f"{name} of type {type(value).__name__} holds {plain(str(found.dtype))}; it must hold real numbers",
-            field=name,
-        )
-    fits = found.ndim == len(shape) and all(s is None or s == a for s, a in zip(shape, found.shape, strict=True))
-    if not fits or 0 in found.shape:
-        wanted = tuple("any" if s is None else s for s in shape)
-        raise RequestError(f"{name} has shape {found.shape}; it must be {wanted}", field=name, value=found.shape)
-    if not np.isfinite(found).all():
-        raise RequestError(f"{name} holds NaN or infinity", field=name)
-    if (largest := float(np.abs(found.astype(np.float64)).max())) > MAX_TENSOR_VALUE:
-        raise RequestError(f"{name} holds {largest:g}; values up to {MAX_TENSOR_VALUE:g} are accepted", field=name)
-    return np.ascontiguousarray(found, dtype=np.float32)
-
-
 def _texts_or_none(name: str, prompt: Any) -> str | tuple[str, ...] | None:
     if prompt is None:
         return None
@@ -502,103 +368,3 @@ def _scales(name: str, scales: Any, most: int) -> tuple[float, ...]:
     if not isinstance(scales, list | tuple) or not 1 <= len(scales) <= most:
         raise refused(name, scales, f"a list of 1 to {most} numbers")
     return tuple(check_scale(name, one) for one in scales)
-
-
-def check_share(name: str, value: Any) -> float:
-    """A number from 0 to 1.
-
-    Raises:
-        RequestError: anything else.
-    """
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
-        raise refused(name, value, "a number from 0 to 1")
-    if not 0 <= value <= 1:
-        raise refused(name, value, "a number from 0 to 1")
-    return float(value)
-
-
-def check_absent(name: str, value: Any, why: str) -> None:
-    """Refuse an argument that exists only so that positional arguments stand where diffusers has them.
-
-    Raises:
-        RequestError: it was given.
-    """
-    if value is not None:
-        raise RequestError(f"{name} {shown(value)} is not accepted; {why}", field=name, value=value, accepted="None")
-
-
-def new_seeds(count: int) -> tuple[int, ...]:
-    """Seeds of the operating system's choice, 0..2**32-1."""
-    return tuple(int(word) for word in np.random.SeedSequence().generate_state(count))
-
-
-def seeds_and_noise(seed: Any, generator: Any, noise: Any) -> tuple[Any, Any]:
-    """The fields ``seeds`` and ``noise`` of a request, for the arguments of a call.
-
-    Raises:
-        RequestError: both a seed and a generator, or a generator whose device is not that of ``noise``.
-    """
-    if generator is None:
-        seeds = seed if seed is None or isinstance(seed, list | tuple) else (seed,)
-        return seeds, "torch-cpu" if noise is None else noise
-    if seed is not None:
-        raise RequestError("give either seed or generator, and not both", field="seed")
-    seeds, kind = seeds_of_generator(generator)
-    if noise is not None and noise != kind:
-        raise RequestError(f"noise {shown(noise)} is not that of the generator, which is {kind}", field="noise")
-    return seeds, kind
-
-
-def seeds_of_generator(generator: Any) -> tuple[tuple[int, ...], NoiseKind]:
-    """The seeds that diffusers' ``generator`` argument stands for, and whose noise they are.
-
-    Args:
-        generator: an integer, or a torch generator that has not drawn anything yet, or a list of these. Torch is not
-            imported: the generator's own methods are asked.
-
-    Raises:
-        RequestError: it is none of these, or generators of two devices, or one that has drawn numbers already.
-    """
-    several = list(generator) if isinstance(generator, list | tuple) else [generator]
-    seeds, kinds = [], []
-    for one in several:
-        if isinstance(one, int | np.integer) and not isinstance(one, bool):
-            seeds.append(check_integer("generator", one, 0, MAX_SEED))
-            kinds.append("cpu")
-            continue
-        try:
-            seed, device, state = int(one.initial_seed()), str(one.device.type), bytes(one.get_state().tolist())
-        except (AttributeError, TypeError, ValueError):
-            raise refused("generator", one, "an integer, a torch.Generator, or a list of these") from None
-        if _has_drawn(state, device):
-            raise RequestError(
-                "generator has drawn numbers already, and only its seed can be taken; pass a fresh one: "
-                f"torch.Generator({device!r}).manual_seed({seed})",
-                field="generator",
-            )
-        seeds.append(check_integer("generator", seed, 0, MAX_SEED))
-        kinds.append(device)
-    if not seeds:
-        raise refused("generator", generator, "an integer, a torch.Generator, or a list of these")
-    if set(kinds) - {"cpu", "cuda"} or len(set(kinds)) > 1:
-        raise RequestError(
-            f"generator is on {', '.join(sorted(set(kinds)))}; all must be on cpu, or all on cuda", field="generator"
-        )
-    return tuple(seeds), "torch-cpu" if kinds[0] == "cpu" else "torch-cuda"
-
-
-def _has_drawn(state: bytes, device: str) -> bool:
-    """Whether a torch generator's state is not that of a fresh one.
-
-    Matches: ``aten/src/ATen/CPUGeneratorImpl.cpp`` (``CPUGeneratorImplStateLegacy``: seed, ``left``, ``seeded``,
-    ``next``; a fresh one has ``left`` 1 and ``next`` 0, and after every 624 numbers ``left`` is 1 again) and
-    ``CUDAGeneratorImpl.cpp`` (seed, then the offset of Philox, which is 0).
-    """
-    if device == "cpu":
-        return int.from_bytes(state[8:12], "little") != 1 or any(state[16:24])
-    return any(state[8:16])
-
-
-def given_or(value: Any, default: Any) -> Any:
-    """``value`` unless it is None; 0 is a value."""
-    return default if value is None else value

@@ -19,6 +19,7 @@ from PIL.Image import Image
 
 from .backends.base import EngineOptions
 from .bundle import Bundle
+from .checks import as_array
 from .conditions import Embeddings, embed_texts, encode_texts, host
 from .errors import BundleError, EngineError, GenerationInterrupted, RequestError, refused, shown
 from .files import name_of
@@ -31,7 +32,7 @@ from .outputs import CascadeOutput, PriorOutput
 from .overlay import label_of, write_overlay
 from .pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open_picture
 from .plan import DenoiserName, InitPlan, LoopPlan, Part, Plan, plan
-from .request import LoraFile, Request, Tensors, as_array, check_tensors
+from .request import LoraFile, Request, Tensors, check_tensors
 from .sampling import cosine_alpha_bar, diffuse, timestep_embedding
 from .stages import ENGINES
 

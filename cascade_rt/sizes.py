@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .checks import check_pixels
 from .manifest import Manifest, ModelFacts
-from .request import check_pixels
 from .sampling import SamplerName
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from cascade_rt.checks import MAX_PIXELS, MIN_PIXELS
 from cascade_rt.errors import RequestError, shown
 from cascade_rt.profiles import DEFAULT_SHAPES, Shapes
-from cascade_rt.request import MAX_PIXELS, MIN_PIXELS
 
 HELP = (
     "default, full, square-PIXELS, and AXIS=MIN:OPT:MAX or ENGINE.AXIS=..., separated by commas, "

@@ -24,7 +24,7 @@ from cascade_rt import CascadePipeline, Request, RequestError
 from cascade_rt.decoder import DecoderPipeline
 from cascade_rt.noise import PictureNoise
 from cascade_rt.prior import PriorPipeline
-from cascade_rt.request import seeds_and_noise, seeds_of_generator
+from cascade_rt.seeds import seeds_and_noise, seeds_of_generator
 
 PAIRS = {
     "combined": (StableCascadeCombinedPipeline, CascadePipeline),

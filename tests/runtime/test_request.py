@@ -12,17 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_rt import LoopSettings, Request, RequestError
-from cascade_rt.request import (
-    MAX_PROMPT_CHARACTERS,
-    Tensors,
-    as_array,
-    as_prompts,
-    check_scale,
-    check_tensors,
-    new_seeds,
-    seeds_and_noise,
-    seeds_of_generator,
-)
+from cascade_rt.checks import MAX_PROMPT_CHARACTERS, as_array, as_prompts, check_scale
+from cascade_rt.request import Tensors, check_tensors
+from cascade_rt.seeds import new_seeds, seeds_and_noise, seeds_of_generator
 
 NAN, INF = float("nan"), float("inf")
 LONG = int("9" * 4000)
