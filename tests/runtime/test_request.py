@@ -96,8 +96,8 @@ REFUSED: list[tuple[str, Any]] = [
         for value in (NAN, INF, -INF, 1e39, 1001, -1001, LONG, "4", True, 1j, [], [1, NAN], ["4"], [None])
     ),
     *(("prior.guidance_per_step", value) for value in (1.0, [], [NAN], ["1"], [1001], list(range(1001)), LONG)),
-    *(("prior.guidance_start", value) for value in (-0.1, 1.1, NAN, None, "0", True, LONG, [0])),
-    *(("decoder.guidance_end", value) for value in (-0.1, 1.1, NAN, None, "0", True, LONG)),
+    *(("prior.guidance_start", value) for value in (-0.1, 1.1, NAN, "0", True, LONG, [0])),
+    *(("decoder.guidance_end", value) for value in (-0.1, 1.1, NAN, "0", True, LONG)),
 ]
 
 
