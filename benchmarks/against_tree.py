@@ -5,7 +5,8 @@
 
 Each checkout runs its own code over its own bundle, in processes of its own, which are called in turns as in
 `cascade-bench`. Both get the same tensors and threads. A ratio is this checkout's time over the other's in the same
-turn: above 1 is slower than before. Its interval says how far the median moves if the turns are drawn anew.
+turn: above 1 is slower than the other. Its interval says how far the median moves if the turns are drawn anew. The
+same is said of processor time, which other work on the machine disturbs less; it counts threads that wait by spinning.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +63,9 @@ class Compared:
         low: the ratio's 95 % interval.
         high: likewise.
         best_ratio: the quickest call of this one over the quickest of the other.
+        processor_ratio: as ``ratio``, of the time that threads ran on processors; None where the system does not say.
+        processor_low: its 95 % interval.
+        processor_high: likewise.
         difference: relative L2 of what they made; 0 is the same numbers.
         skipped: why there is nothing else.
     """
@@ -79,26 +83,69 @@ class Compared:
     low: float | None = None
     high: float | None = None
     best_ratio: float | None = None
+    processor_ratio: float | None = None
+    processor_low: float | None = None
+    processor_high: float | None = None
     difference: float | None = None
     skipped: str | None = None
 
 
-def times(this: list[float], other: list[float]) -> dict[str, Any]:
-    """The figures of two lists of seconds, one entry a turn."""
-    one, two = np.array(this), np.array(other)
-    ratios = one / two
-    rng = np.random.default_rng(0)
-    again = np.median(ratios[rng.integers(0, len(ratios), (2000, len(ratios)))], axis=1)
-    low, high = np.percentile(again, (2.5, 97.5))
-    return {
+@dataclass(frozen=True)
+class Taken:
+    """What a call or a process took.
+
+    Attributes:
+        seconds: from its beginning to its end.
+        processor_s: that its threads ran on processors; None where the system does not say.
+    """
+
+    seconds: float
+    processor_s: float | None
+
+
+def figures(this: Sequence[Taken], other: Sequence[Taken]) -> dict[str, Any]:
+    """The fields of `Compared` for two lists, one entry a turn."""
+    one, two = (np.array([taken.seconds for taken in side]) for side in (this, other))
+    ratio, low, high = median_ratio(one, two)
+    found: dict[str, Any] = {
         "turns": len(this),
         "this_s": float(np.median(one)),
         "other_s": float(np.median(two)),
-        "ratio": float(np.median(ratios)),
-        "low": float(low),
-        "high": float(high),
+        "ratio": ratio,
+        "low": low,
+        "high": high,
         "best_ratio": float(one.min() / two.min()),
     }
+    one, two = (np.array([taken.processor_s or 0.0 for taken in side]) for side in (this, other))
+    if (one > 0).all() and (two > 0).all():
+        ratio, low, high = median_ratio(one, two)
+        found |= {"processor_ratio": ratio, "processor_low": low, "processor_high": high}
+    return found
+
+
+def median_ratio(this: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The median over the turns of one time over the other, and its 95 % interval by resampling."""
+    ratios = this / other
+    rng = np.random.default_rng(0)
+    again = np.median(ratios[rng.integers(0, len(ratios), (2000, len(ratios)))], axis=1)
+    low, high = np.percentile(again, (2.5, 97.5))
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def processor_s(process: int) -> float | None:
+    """How long the threads of a process have run on processors; None where the system does not say."""
+    tasks = Path(f"/proc/{process}/task")
+    if not tasks.is_dir():
+        return None
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()) / 1e9
+
+
+def timed_call(racer: Racer, limit: float) -> Taken:
+    """One call of a racer."""
+    before = processor_s(racer.process.pid)
+    seconds = racer.call(limit)
+    after = processor_s(racer.process.pid)
+    return Taken(seconds, None if before is None or after is None else after - before)
 
 
 def prepare(arguments: argparse.Namespace, checkout: Path) -> Path:
@@ -139,18 +186,19 @@ def race_calls(job: Callable[[str], Job], checkouts: Mapping[str, Path], turns: 
         feeds = {} if asked.what == PICTURE else draw(find_bundle(asked.bundle), asked.what, asked.batch, asked.pixels)
         np.savez(folder / "feeds.npz", **feeds)  # type: ignore[arg-type]
         racers: dict[str, Racer] = {}
+        taken: dict[str, list[Taken]] = {side: [] for side in checkouts}
         try:
             for side, checkout in checkouts.items():
                 racers[side] = start(job(side), folder / "feeds.npz", folder, limit, checkout)
             for turn in tqdm(range(turns), desc=asked.what, leave=False, disable=None):
                 for side in SIDES[:: 1 if turn % 2 else -1]:
                     time.sleep(SETTLE)
-                    racers[side].seconds.append(racers[side].call(limit))
-            figures = times(*(racers[side].seconds for side in SIDES))
+                    taken[side].append(timed_call(racers[side], limit))
             answers = [answer for racer in racers.values() for answer in answer_of(racer, limit).values()]
-            return figures | {"difference": difference(answers)}
+            return figures(taken["this"], taken["other"]) | {"difference": difference(answers)}
         except RacerError as error:
-            return {"skipped": f"{[*SIDES][len(racers) % 2]} checkout: {error}"}
+            at = SIDES[len(racers)] if len(racers) < len(SIDES) else "one"
+            return {"skipped": f"{at} checkout: {error}"}
         finally:
             for racer in racers.values():
                 racer.stop()
@@ -167,7 +215,8 @@ def race_starts(starts: Mapping[str, startup.Start], turns: int, folder: Path, l
         seconds, failed = startup.time_starts(starts, turns, folder, bar)
     if failed:
         return {"skipped": "; ".join(f"{side} checkout: {reason}" for side, reason in failed.items())}
-    return times(*(seconds[side] for side in SIDES))
+    this, other = ([Taken(*pair) for pair in seconds[side]] for side in SIDES)
+    return figures(this, other)
 
 
 def compare(arguments: argparse.Namespace) -> list[Compared]:
@@ -219,18 +268,21 @@ def compare(arguments: argparse.Namespace) -> list[Compared]:
     return made
 
 
-HEADINGS = ("what", "this", "other", "this / other (95 %)", "quickest", "difference")
+HEADINGS = ("what", "this", "other", "this / other (95 %)", "quickest", "processor time (95 %)", "difference")
 
 
 def row(line: Compared) -> str:
     """A line of the Markdown table."""
     name = " ".join(filter(None, (line.what, line.size, line.precision, line.provider)))
     if line.ratio is None:
-        return f"| {name} | skipped: {line.skipped} |  |  |  |  |"
+        return f"| {name} | skipped: {line.skipped} |  |  |  |  |  |"
     ratio = f"{line.ratio:.3f} ({line.low:.3f} - {line.high:.3f})"
+    processor = ""
+    if line.processor_ratio is not None:
+        processor = f"{line.processor_ratio:.3f} ({line.processor_low:.3f} - {line.processor_high:.3f})"
     apart = "" if line.difference is None else f"{line.difference:.1e}"
     this, other = report.seconds_text(line.this_s), report.seconds_text(line.other_s)
-    return f"| {name} | {this} | {other} | {ratio} | {line.best_ratio:.3f} | {apart} |"
+    return f"| {name} | {this} | {other} | {ratio} | {line.best_ratio:.3f} | {processor} | {apart} |"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,7 @@ class Start:
 
 def time_starts(
     starts: Mapping[T, Start], repeats: int, folder: Path, bar: Any
-) -> tuple[dict[T, list[float]], dict[T, str]]:
+) -> tuple[dict[T, list[tuple[float, float]]], dict[T, str]]:
     """Start processes in turns.
 
     Args:
@@ -77,9 +78,9 @@ def time_starts(
         bar: a progress bar, which gets an update a turn.
 
     Returns:
-        Seconds of each, and for those that failed the last line that they printed.
+        (Seconds, seconds of processor time) of every start, and for those that failed the last line that they printed.
     """
-    seconds: dict[T, list[float]] = {key: [] for key in starts}
+    seconds: dict[T, list[tuple[float, float]]] = {key: [] for key in starts}
     failed: dict[T, str] = {}
     for turn in range(repeats + 1):
         for key, start in list(starts.items())[:: 1 if turn % 2 else -1]:
@@ -94,21 +95,29 @@ def time_starts(
     return seconds, failed
 
 
-def _timed_start(start: Start, folder: Path) -> tuple[float, str | None]:
-    """Seconds, and why it failed, if it did."""
+def _timed_start(start: Start, folder: Path) -> tuple[tuple[float, float], str | None]:
+    """Seconds and seconds of processor time, and why it failed, if it did."""
     with (folder / "output").open("w+") as output, (folder / "errors").open("w+") as errors:
+        before = _processor_s()
         started = time.perf_counter()
         done = subprocess.run(
             start.command, env=dict(start.environment), cwd=folder, stdout=output, stderr=errors, check=False
         )
         seconds = time.perf_counter() - started
+        processor_s = _processor_s() - before
         if done.returncode:
             errors.seek(0)
-            return seconds, (errors.read().strip().splitlines() or ["it failed"])[-1]
+            return (seconds, processor_s), (errors.read().strip().splitlines() or ["it failed"])[-1]
         if start.says_seconds:
             output.seek(0)
             seconds = float(output.read().strip().splitlines()[-1])
-    return seconds, None
+    return (seconds, processor_s), None
+
+
+def _processor_s() -> float:
+    """Processor time of the processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def import_start(code: str, environment: Mapping[str, str]) -> Start:
@@ -133,7 +142,7 @@ def imports(repeats: int, quiet: bool) -> list[Row]:
     return [
         _row(
             Row(what=what, size="", peer=peer, provider="cpu", precision="fp32"),
-            seconds[peer, what],
+            [whole for whole, _ in seconds[peer, what]],
             failed.get((peer, what)),
         )
         for peer, what in _IMPORTS
@@ -167,7 +176,10 @@ def cold_start(bundle: Bundle, repeats: int, threads: int, quiet: bool) -> list[
         steps=(20, 10),
         threads=threads,
     )
-    rows = [_row(replace(blank, peer=peer), seconds.get(peer, []), failed.get(peer)) for peer in (OURS, "eager")]
+    rows = [
+        _row(replace(blank, peer=peer), [whole for whole, _ in seconds.get(peer, [])], failed.get(peer))
+        for peer in (OURS, "eager")
+    ]
     medians = {row.peer: row.median_s for row in rows}
     return [
         replace(row, ratio_to_eager=medians["eager"] / row.median_s if medians["eager"] and row.median_s else None)
