@@ -221,14 +221,15 @@ def make(job: Job, plan: ExportPlan, folder: Path, place: Path, fit16: Fit | Non
             graphs[spec.name] = trace(spec, job.config, job.precision, fit16.apply if fit16 else lambda module: None)
             bar.update(1)
     names = {weight for graph in graphs.values() for weight in graph.weights}
-    shared = sorted({file for record in job.shared for file in record.weights})
-    names |= SafetensorsSource([place / file for file in shared]).shapes.keys() if shared else set()
+    for there in (SafetensorsSource([place / file]).shapes.keys() for file in job.beside):
+        if names <= there <= job.source.shapes.keys():  # the file can then come out as the one that is there
+            names = set(there)
     size = sum(int(np.prod(job.source.shapes[name])) for name in names) * dtype.itemsize
     with _bar(size, f"write {job.weights}", quiet, unit="B", unit_scale=True) as bar:
         divided = fit16.divided if fit16 else {}
         written = write_weights(folder / job.weights, names, job.source, dtype, divided, bar.update)
     weights = job.weights
-    for file in shared:
+    for file in job.beside:
         if plan.old is not None and plan.old.files[file] == written.record:  # the same weights are not stored twice
             (folder / weights).unlink()
             link(place / file, folder / file)

@@ -38,6 +38,7 @@ class Job:
         graphs: engine -> name of its file.
         weights: name of the weights file.
         shared: graphs of the bundle that stay and run together with those to be made.
+        beside: weights files of the component in the same precision that stay.
         own: graphs of the bundle that engine files shall be built from; empty: they are made.
         tokenizer: of a text encoder.
     """
@@ -52,6 +53,7 @@ class Job:
     graphs: Mapping[str, str]
     weights: str
     shared: tuple[EngineRecord, ...]
+    beside: tuple[str, ...]
     own: tuple[EngineRecord, ...]
     tokenizer: TokenizerSource | None
 
@@ -132,6 +134,7 @@ def plan_export(
             graphs={spec.name: graph_name(spec, request.precision, taken) for spec in specs},
             weights=weights_name(model, specs, request.precision, taken),
             shared=shared,
+            beside=_weights_beside(model, request.precision, kept),
             own=own,
             tokenizer=tokenizer,
         )
@@ -213,6 +216,12 @@ def _shared(
         return ()
     plain = {key_of(spec, request.precision) for spec in specs if not spec.features}
     return tuple(record for record in kept if record.key in plain)
+
+
+def _weights_beside(model: str, precision: Precision, kept: Sequence[EngineRecord]) -> tuple[str, ...]:
+    """Weights files of a component's graphs in the same precision: with other features they may hold the same."""
+    graphs = [record for record in kept if ENGINES[record.name].model == model and record.runtime == "onnx"]
+    return tuple(dict.fromkeys(name for record in graphs if record.precision == precision for name in record.weights))
 
 
 def _own_graphs(
