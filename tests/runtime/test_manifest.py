@@ -144,7 +144,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "wrapped in a list": lambda value: [value],
     "wrapped in a mapping": lambda value: {"value": value},
 }
-FREE_TEXTS = ("meaning", "loras", "revision", "source", "licence", "name", "provider", "reference")
+FREE_TEXTS = ("meaning", "tensor", "loras", "revision", "source", "licence", "name", "provider", "reference")
 MUST_BE_REFUSED = {
     "a boolean",
     "a list",
