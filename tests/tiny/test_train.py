@@ -28,6 +28,7 @@ def micro(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same recipe with narrow networks, few scenes and small batches."""
     monkeypatch.setattr(recipe, "SCENES_B", 8)
     monkeypatch.setattr(recipe, "SCENES_C", 12)
+    monkeypatch.setattr(recipe, "SCENES_IMAGE", 12)
     monkeypatch.setattr(recipe, "SCENES_OUTLINE", 4)
     monkeypatch.setattr(recipe, "OUTLINE_STEPS", 2)
     monkeypatch.setattr(recipe, "STAGE_A", dataclasses.replace(recipe.STAGE_A, embed_dim=8, bottleneck_blocks=1))
@@ -122,10 +123,15 @@ def test_the_published_folder_holds_all_and_the_text_encoder_is_transformers_own
     published = one_step / "published"
     names = sorted(str(p.relative_to(published)) for p in published.rglob("*") if p.is_file())
     assert names == [
+        "controlnet_canny/config.json",
+        "controlnet_canny/diffusion_pytorch_model.safetensors",
         "decoder/config.json",
         "decoder/diffusion_pytorch_model.safetensors",
         "effnet/config.json",
         "effnet/diffusion_pytorch_model.safetensors",
+        "feature_extractor/preprocessor_config.json",
+        "image_encoder/config.json",
+        "image_encoder/model.safetensors",
         "model_index.json",
         "prior/config.json",
         "prior/diffusion_pytorch_model.safetensors",
@@ -145,6 +151,21 @@ def test_the_published_folder_holds_all_and_the_text_encoder_is_transformers_own
         out = theirs(input_ids=ids, attention_mask=(ids != 0).long(), output_hidden_states=True)
     torch.testing.assert_close(out.hidden_states[-1], hidden)
     torch.testing.assert_close(out.text_embeds[:, None], pooled)
+
+
+def test_image_prompts_leave_what_captions_give_alone(one_step: Path) -> None:
+    before, after = (weights.trained(one_step, stage, CPU)["c"] for stage in ("text-c", "prompts"))
+    g = torch.Generator().manual_seed(0)
+    width = recipe.TEXT_WIDTH
+    feeds = [torch.randn(2, *recipe.LATENTS_C, generator=g), torch.tensor([0.9, 0.4])]
+    feeds += [torch.randn(2, 1, width, generator=g), torch.randn(2, 5, width, generator=g)]
+    image = torch.randn(2, 1, recipe.STAGE_C.clip_image_in_channels or 0, generator=g)
+    # the first step of a training is so small that the last layer, which begins at zero, would hide it
+    for stage_c in (before, after):
+        torch.nn.init.normal_(stage_c.clf[1].weight, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(before(*feeds, torch.zeros_like(image)), after(*feeds, torch.zeros_like(image)))
+        assert not torch.equal(before(*feeds, image), after(*feeds, image))
 
 
 def test_the_whole_cascade_gives_pictures(one_step: Path) -> None:

@@ -11,9 +11,8 @@ Stage C understands already.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,62 +21,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from cascade_export.models import Denoiser
 from cascade_tiny import data, diffusion, recipe, scenes
-from cascade_tiny.meaning import AT
-from cascade_tiny.recipe import TextEncoder
-from cascade_tiny.text import PAD_ID
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from cascade_tiny.recipe import ImageEncoder, TextEncoder
+from cascade_tiny.task import Task, semantic_loss
+from cascade_tiny.text import PAD_ID, build_tokenizer, encode
+from cascade_tiny.weights import trained
 
 _PICTURE_NOISE = 0.04  # the largest standard deviation: pictures that the decoder drew are not as flat as drawn ones
-_NO_CAPTION = 0.8  # share of empty captions: the others describe the same picture
+_NO_CAPTION = 0.8  # share of empty captions; the others describe the same picture
 _READER_WEIGHT = 0.3
-_PLACE_WEIGHT = 40.0  # as for captions: two channels of sixteen say where the shape is
-
-
-def image_config() -> CLIPVisionConfig:
-    """The image encoder's architecture: CLIP's, four layers deep, for pictures of 64 x 64."""
-    return CLIPVisionConfig(
-        hidden_size=recipe.IMAGE_WIDTH,
-        intermediate_size=3 * recipe.IMAGE_WIDTH,
-        projection_dim=recipe.STAGE_C.clip_image_in_channels,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=recipe.IMAGE_SIDE,
-        patch_size=8,
-        hidden_act="gelu",
-    )
-
-
-class ImageEncoder(CLIPVisionModelWithProjection):  # type: ignore[misc]
-    """The image encoder."""
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Embeds pictures.
-
-        Args:
-            pixels: float32 [B, 3, IMAGE_SIDE, IMAGE_SIDE] in 0..1.
-
-        Returns:
-            float32 [B, 1, clip_image_in_channels].
-        """
-        mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        return self(pixel_values=(pixels - mean) / std).image_embeds[:, None].float()  # type: ignore[no-any-return]
-
-
-def build_image_encoder() -> ImageEncoder:
-    """The image encoder with CLIP's own first weights."""
-    return ImageEncoder(image_config())
-
-
-def build_reader() -> nn.Module:
-    """Reads a scene's meaning from an embedding: float32 [B, clip_image_in_channels] -> [B, 16 * 6 * 6]."""
-    embedding = recipe.STAGE_C.clip_image_in_channels or 0
-    return nn.Sequential(nn.Linear(embedding, 512), nn.GELU(), nn.Linear(512, math.prod(recipe.LATENTS_C)))
 
 
 def thumbnail(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -103,57 +57,61 @@ def noisy_pixels(pictures: Tensor, noise: Tensor, strength: Tensor) -> Tensor:
     return (data.to_unit(pictures) + _PICTURE_NOISE * strength.view(-1, 1, 1, 1) * noise).clamp(0, 1)
 
 
-def weighted(error: Tensor) -> Tensor:
-    """The mean of squared errors [B, 16, 6, 6] of semantic latents, in which the shape's place counts more."""
-    weight = error.new_ones(1, error.shape[1], 1, 1)
-    weight[:, AT] = _PLACE_WEIGHT
-    loss: Tensor = (error * weight).mean() / weight.mean()
-    return loss
-
-
 def reading_loss(reader: nn.Module, embedding: Tensor, meant: Tensor) -> Tensor:
     """How far the reader's answer to embeddings [B, 1, I] is from what the pictures mean, [B, 16, 6, 6]."""
     return F.mse_loss(reader(embedding.squeeze(1)).float().view(meant.shape), meant)
 
 
-class Batch(NamedTuple):
-    """The conditions and targets of one step of the second stage.
+class TrainImage(Task):
+    """Pictures to semantic latents by way of the embedding, by squared error."""
 
-    Attributes:
-        ids: int64 [B, L], captions; the empty one where only the picture says what is meant.
-        pixels: float32 [B, 3, S, S] in 0..1.
-        meant: float32 [B, 16, 6, 6].
-    """
+    stage = "image"
 
-    ids: Tensor
-    pixels: Tensor
-    meant: Tensor
+    def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
+        self.pictures = thumbnails(out / "small-pictures.pt", recipe.SCENES_IMAGE, quiet).to(self.device)
+        self.semantic = data.meanings(recipe.SCENES_IMAGE).to(self.device)
 
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
+        numbers = self.numbers(step, len(self.semantic)).to(self.device)
+        embedding = self.embedding(numbers, rng)
+        return reading_loss(self.networks["reader"], embedding, self.semantic[numbers].float())
 
-def freeze_all_but_images(stage_c: Denoiser) -> None:
-    """Leaves gradients to that weight of Stage C alone which has no effect without a picture."""
-    stage_c.requires_grad_(False)
-    stage_c.clip_img_mapper.weight.requires_grad_(True)
-
-
-def mostly_without(ids: Tensor, empty: Tensor, which: Tensor) -> Tensor:
-    """Captions int64 [B, L], most of which, chosen by ``which`` [B] in 0..1, are replaced by the empty one [L]."""
-    return torch.where(which[:, None] < _NO_CAPTION, empty, ids)
+    def embedding(self, numbers: Tensor, rng: torch.Generator) -> Tensor:
+        """Embeddings of scenes' pictures, with noise: float32 [B, 1, I]."""
+        pictures = self.pictures[numbers]
+        strength = torch.rand(len(numbers), generator=rng, device=self.device)
+        pixels = noisy_pixels(pictures, self.noise(pictures.shape, rng), strength)
+        return cast("ImageEncoder", self.networks["encoder"]).embed(pixels)
 
 
-def prompt_loss(
-    stage_c: Denoiser,
-    text: TextEncoder,
-    encoder: ImageEncoder,
-    reader: nn.Module,
-    batch: Batch,
-    noise: Tensor,
-    t: Tensor,
-) -> Tensor:
-    """Stage C's error at times t [B], with the captions and pictures of a batch as conditions, and the reader's."""
-    with torch.no_grad():
-        hidden, pooled = text.conditions(batch.ids, (batch.ids != PAD_ID).long())
-    image = encoder.embed(batch.pixels)
-    noisy, velocity = diffusion.noised(batch.meant, noise, t)
-    error = weighted((stage_c(noisy, t, pooled, hidden, image) - velocity) ** 2)
-    return error + _READER_WEIGHT * reading_loss(reader, image, batch.meant)
+class TrainPrompts(TrainImage):
+    """Pictures to semantic latents through Stage C: the velocity, by squared error."""
+
+    stage = "prompts"
+
+    def prepare(self, out: Path, quiet: bool) -> None:  # noqa: D102
+        super().prepare(out, quiet)
+        self.ids = data.caption_ids(len(self.semantic)).to(self.device)
+        self.empty = torch.from_numpy(encode(build_tokenizer(), [""])[0][0]).to(self.device)
+        prior = trained(out, "text-c", self.device)
+        self.text = cast("TextEncoder", prior["text"])
+        if not (out / f"{self.stage}.pt").is_file():
+            self.networks["c"].load_state_dict(prior["c"].state_dict())
+            for name, network in trained(out, "image", self.device).items():
+                self.networks[name].load_state_dict(network.state_dict())
+        self.networks["c"].requires_grad_(False)
+        cast("Denoiser", self.networks["c"]).clip_img_mapper.weight.requires_grad_(True)
+
+    def loss(self, step: int, rng: torch.Generator) -> Tensor:  # noqa: D102
+        numbers = self.numbers(step, len(self.semantic)).to(self.device)
+        which, said, high, t = torch.rand(4, len(numbers), generator=rng, device=self.device)
+        t = torch.where(high < 0.7, 0.85 + 0.15 * t, t)
+        ids = self.ids[numbers, (said * recipe.CAPTIONS).long()]
+        ids = torch.where(which[:, None] < _NO_CAPTION, self.empty, ids)
+        with torch.no_grad():
+            hidden, pooled = self.text.conditions(ids, (ids != PAD_ID).long())
+        embedding = self.embedding(numbers, rng)
+        x0 = self.semantic[numbers].float()
+        noisy, velocity = diffusion.noised(x0, self.noise(x0.shape, rng), t)
+        error = semantic_loss(self.networks["c"](noisy, t, pooled, hidden, embedding), velocity)
+        return error + _READER_WEIGHT * reading_loss(self.networks["reader"], embedding, x0)

@@ -1,7 +1,8 @@
 """Writes the trained averages as a checkpoint folder in diffusers' layout, for `cascade-export --checkpoint`.
 
-Everything is named as diffusers names it. Two things are ours: `effnet/`, the semantic encoder, and the key
-`cascade_rt` in `model_index.json`, which says what the model is called and how it is best sampled.
+Everything is named as diffusers names it. Three things are ours: `effnet/`, the semantic encoder; `controlnet_canny/`,
+with the published keys; and the key `cascade_rt` in `model_index.json`, which says what the model is called and how it
+is best sampled.
 """
 
 from __future__ import annotations
@@ -54,16 +55,24 @@ def publish(out: Path, target: Path) -> None:
     a = trained(out, "a", device)["a"]
     prior = trained(out, "text-c", device)
     joint = trained(out, "joint", device)
+    prompts = trained(out, "prompts", device)  # its Stage C makes the same of captions as text-c's
+    control = trained(out, "canny", device)["control"]
 
     beside = target.with_name(target.name + ".part")
     if beside.exists():
         shutil.rmtree(beside)
-    _write_model(beside / "prior", prior["c"], "StableCascadeUNet", asdict(recipe.STAGE_C))
+    _write_model(beside / "prior", prompts["c"], "StableCascadeUNet", asdict(recipe.STAGE_C))
     _write_model(beside / "decoder", joint["b"], "StableCascadeUNet", asdict(recipe.STAGE_B))
     _write_model(beside / "vqgan", a, "PaellaVQModel", asdict(recipe.STAGE_A))
     _write_model(beside / "effnet", joint["encoder"], "SemanticEncoder", asdict(recipe.SEMANTIC))
     text_config = recipe.text_config().to_dict() | {"architectures": ["CLIPTextModelWithProjection"]}
     _write_model(beside / "text_encoder", prior["text"], None, text_config, "model.safetensors")
+    image_config = recipe.image_config().to_dict() | {"architectures": ["CLIPVisionModelWithProjection"]}
+    _write_model(beside / "image_encoder", prompts["encoder"], None, image_config, "model.safetensors")
+    (beside / "feature_extractor").mkdir()
+    _write_json(beside / "feature_extractor" / "preprocessor_config.json", _preprocessing())
+    control_config = asdict(recipe.build_control().config) | {"filter": "canny"}
+    _write_model(beside / "controlnet_canny", control, "StableCascadeControlNet", control_config)
     (beside / "tokenizer").mkdir()
     build_tokenizer().save(str(beside / "tokenizer" / "tokenizer.json"))
     (beside / "scheduler").mkdir()
@@ -91,6 +100,23 @@ def publish(out: Path, target: Path) -> None:
         target.replace(old)
     beside.replace(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _preprocessing() -> dict[str, Any]:
+    """What is done to a picture for the image encoder, as transformers' ``CLIPImageProcessor`` reads it."""
+    side = recipe.IMAGE_SIDE
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(recipe.CLIP_MEAN),
+        "image_std": list(recipe.CLIP_STD),
+    }
 
 
 def _write_model(

@@ -1,14 +1,16 @@
-"""Every size and every number of the training: the four networks, their first weights, and how long each is trained."""
+"""Every size and every number of the training: the networks, their first weights, and how long each is trained."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from cascade_export.models import (
+    ControlNet,
     ControlNetConfig,
     Denoiser,
     DenoiserConfig,
@@ -18,7 +20,7 @@ from cascade_export.models import (
     StageAConfig,
 )
 from cascade_tiny import text
-from cascade_tiny.meaning import CHANNELS, GRID
+from cascade_tiny.meaning import AT, CHANNELS, GRID
 
 _RES, _TIME, _ATTN = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
 
@@ -87,9 +89,14 @@ STAGE_B = DenoiserConfig(
 
 IMAGE_SIDE = 64
 IMAGE_WIDTH = 96
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+EDGES_SAY = tuple(range(AT.start, CHANNELS))  # channels of the semantic latents: place, radius and kind, but no colour
 
 # Every number of the backbone is small: edges are simpler than pictures, and it sees 256 x 256 of them.
 CONTROL = ControlNetConfig(
+    in_channels=1,
+    projection_channels=STAGE_C.block_out_channels[0],
     proj_blocks=(0, 1, 3, 5),
     stages=(
         ("fused", 1, 3, 2, 16, 1),
@@ -137,6 +144,36 @@ class TextEncoder(CLIPTextModelWithProjection):  # type: ignore[misc]
         return out.hidden_states[-1].float(), out.text_embeds[:, None].float()
 
 
+def image_config() -> CLIPVisionConfig:
+    """The image encoder's architecture: CLIP's, four layers deep, for pictures of 64 x 64."""
+    return CLIPVisionConfig(
+        hidden_size=IMAGE_WIDTH,
+        intermediate_size=3 * IMAGE_WIDTH,
+        projection_dim=STAGE_C.clip_image_in_channels,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIDE,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+
+
+class ImageEncoder(CLIPVisionModelWithProjection):  # type: ignore[misc]
+    """The image encoder."""
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Embeds pictures.
+
+        Args:
+            pixels: float32 [B, 3, IMAGE_SIDE, IMAGE_SIDE] in 0..1.
+
+        Returns:
+            float32 [B, 1, clip_image_in_channels].
+        """
+        mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        return self(pixel_values=(pixels - mean) / std).image_embeds[:, None].float()  # type: ignore[no-any-return]
+
+
 def build_denoiser(config: DenoiserConfig) -> Denoiser:
     """A denoiser with first weights that train well: it starts as the identity of its embedding and answers zero."""
     model = Denoiser(config)
@@ -169,6 +206,27 @@ def build_text_encoder() -> TextEncoder:
     return TextEncoder(text_config())
 
 
+def build_image_encoder() -> ImageEncoder:
+    """The image encoder with CLIP's own first weights."""
+    return ImageEncoder(image_config())
+
+
+def build_image_reader() -> nn.Module:
+    """Reads a scene's meaning from an embedding: float32 [B, clip_image_in_channels] -> [B, 16 * 6 * 6]."""
+    embedding = STAGE_C.clip_image_in_channels or 0
+    return nn.Sequential(nn.Linear(embedding, 512), nn.GELU(), nn.Linear(512, math.prod(LATENTS_C)))
+
+
+def build_control() -> ControlNet:
+    """The canny ControlNet; it adds nothing yet."""
+    return ControlNet(replace(CONTROL, projection_channels=STAGE_C.block_out_channels[0]))
+
+
+def build_control_reader() -> nn.Module:
+    """Reads shapes from a ControlNet's features: float32 [B, E, h, w] -> [B, len(EDGES_SAY), h, w]."""
+    return nn.Conv2d(CONTROL.embedding_channels, len(EDGES_SAY), 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """How one stage is trained.
@@ -195,6 +253,9 @@ TRAININGS: dict[str, dict[str, Training]] = {
         "b": Training(steps=20_000, batch=8, rate=1.5e-3),
         "semantic": Training(steps=12_000, batch=16, rate=1e-3, ema=0.99),
         "joint": Training(steps=4000, batch=8, rate=3e-4),
+        "image": Training(steps=4500, batch=64, rate=1e-3, ema=0.995),
+        "prompts": Training(steps=4000, batch=32, rate=1e-3, ema=0.995),
+        "canny": Training(steps=3500, batch=16, rate=1.5e-3, ema=0.995),
     },
     "cuda": {
         "a": Training(steps=6000, batch=32, rate=2e-3),
@@ -202,6 +263,9 @@ TRAININGS: dict[str, dict[str, Training]] = {
         "b": Training(steps=12_000, batch=192, rate=1.2e-3, ema=0.999),
         "semantic": Training(steps=8000, batch=64, rate=1e-3),
         "joint": Training(steps=4000, batch=96, rate=3e-4, ema=0.999),
+        "image": Training(steps=12_000, batch=256, rate=1e-3, ema=0.999),
+        "prompts": Training(steps=8000, batch=256, rate=1e-3, ema=0.999),
+        "canny": Training(steps=8000, batch=128, rate=1.5e-3, ema=0.999),
     },
 }
 SEED = 1

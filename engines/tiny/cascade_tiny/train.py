@@ -5,6 +5,9 @@
     b         semantic latents -> Stage A's latents: Stage B, for which `a` must be trained, and `text-c` begun
     semantic  pixels -> semantic latents: the semantic encoder
     joint     pixels -> semantic latents -> Stage A's latents: Stage B and the semantic encoder together
+    image     pictures -> embedding: the image encoder; see `image_prompts`
+    prompts   pictures -> embedding -> semantic latents: the image encoder, and Stage C's tokens of the embedding
+    canny     edges -> residuals for Stage C -> semantic latents: a ControlNet; see `control`
 
 What the semantic latents hold is given by `meaning`; the last stage lets the encoder depart from it where that helps
 Stage B to draw. Stage B and Stage C learn the velocity instead of the noise: read
@@ -20,7 +23,6 @@ import argparse
 import signal
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,48 +37,17 @@ from tqdm import tqdm
 
 from cascade_export.models import Denoiser, StageA
 from cascade_tiny import data, diffusion, outline, recipe
-from cascade_tiny.meaning import AT, meaning
+from cascade_tiny.control import TrainCanny
+from cascade_tiny.image_prompts import TrainImage, TrainPrompts
+from cascade_tiny.meaning import meaning
 from cascade_tiny.publish import publish
-from cascade_tiny.recipe import SEED, TRAININGS, TextEncoder, Training
+from cascade_tiny.recipe import SEED, TRAININGS, TextEncoder
+from cascade_tiny.task import Task, semantic_loss
 from cascade_tiny.text import PAD_ID, build_tokenizer, encode
-from cascade_tiny.weights import STAGES, TrainingError, build, check_origin, fingerprint, origin, trained
+from cascade_tiny.weights import STAGES, TrainingError, check_origin, fingerprint, origin, trained
 
 _SHAPE_STANDS_OUT = 0.4  # by how much a latent must differ from the corner's to belong to a shape
 _SHAPE_WEIGHT = 6.0
-_PLACE_WEIGHT = 40.0
-
-
-class Task(ABC):
-    """One stage's training: its networks and the loss of each step."""
-
-    stage: str
-
-    def __init__(self, out: Path, device: torch.device, training: Training, workers: int, quiet: bool) -> None:
-        self.device, self.training, self.workers = device, training, workers
-        self.stream = STAGES.index(self.stage)
-        torch.manual_seed(SEED * 100 + self.stream)
-        self.networks = build(self.stage).to(device)
-        self.prepare(out, quiet)
-
-    def prepare(self, out: Path, quiet: bool) -> None:
-        """Loads what earlier stages made; Stage A needs nothing."""
-        del out, quiet
-
-    def begin(self, steps: range) -> None:
-        """Called once before these steps are taken in order; a task that draws pictures starts drawing."""
-        del steps
-
-    @abstractmethod
-    def loss(self, step: int, rng: torch.Generator) -> Tensor:
-        """The loss of one step; everything random in it comes from the step's number or from `rng`."""
-
-    def numbers(self, step: int, count: int) -> Tensor:
-        """The scene numbers of a step whose pictures are not needed."""
-        return torch.from_numpy(data.step_numbers(self.stream, step, self.training.batch, count))
-
-    def noise(self, shape: tuple[int, ...] | torch.Size, rng: torch.Generator) -> Tensor:
-        """Standard normal noise, float32."""
-        return torch.randn(shape, generator=rng, device=self.device)
 
 
 class TrainA(Task):
@@ -139,13 +110,7 @@ class TrainTextC(Task):
         x0 = self.semantic[numbers].float()
         noisy, velocity = diffusion.noised(x0, self.noise(x0.shape, rng), t)
         image = x0.new_zeros(len(x0), 1, recipe.STAGE_C.clip_image_in_channels or 0)
-        error = (self.networks["c"](noisy, t, pooled, hidden, image) - velocity) ** 2
-        # a caption's place moves two channels of sixteen by less than their spread; counted alike, 2,000 steps of
-        # learning pass it by
-        weight = error.new_ones(1, error.shape[1], 1, 1)
-        weight[:, AT] = _PLACE_WEIGHT
-        loss: Tensor = (error * weight).mean() / weight.mean()
-        return loss
+        return semantic_loss(self.networks["c"](noisy, t, pooled, hidden, image), velocity)
 
 
 class TrainB(Task):
@@ -228,7 +193,10 @@ class TrainJoint(TrainB):
         return self.drawing_error(numbers, semantic, rng) + recipe.MEANING_WEIGHT * F.mse_loss(read, meant)
 
 
-TASKS: dict[str, type[Task]] = {task.stage: task for task in (TrainA, TrainTextC, TrainB, TrainSemantic, TrainJoint)}
+TASKS: dict[str, type[Task]] = {
+    task.stage: task
+    for task in (TrainA, TrainTextC, TrainB, TrainSemantic, TrainJoint, TrainImage, TrainPrompts, TrainCanny)
+}
 
 
 def autocast(device: torch.device) -> torch.autocast:

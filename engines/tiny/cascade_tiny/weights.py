@@ -11,7 +11,9 @@ from torch import nn
 
 from cascade_tiny import recipe
 
-STAGES = ("a", "text-c", "b", "semantic", "joint")
+STAGES = ("a", "text-c", "b", "semantic", "joint", "image", "prompts", "canny")
+
+_STARTS_FROM = {"joint": ("b", "semantic"), "prompts": ("text-c", "image"), "canny": ("text-c",)}
 
 
 class TrainingError(Exception):
@@ -26,6 +28,13 @@ def build(stage: str) -> nn.ModuleDict:
         return nn.ModuleDict({"encoder": recipe.build_semantic_encoder()})
     if stage == "text-c":
         return nn.ModuleDict({"text": recipe.build_text_encoder(), "c": recipe.build_denoiser(recipe.STAGE_C)})
+    if stage in ("image", "prompts"):
+        networks = nn.ModuleDict({"encoder": recipe.build_image_encoder(), "reader": recipe.build_image_reader()})
+        if stage == "prompts":
+            networks["c"] = recipe.build_denoiser(recipe.STAGE_C)
+        return networks
+    if stage == "canny":
+        return nn.ModuleDict({"control": recipe.build_control(), "reader": recipe.build_control_reader()})
     stage_b = recipe.build_denoiser(recipe.STAGE_B)
     return nn.ModuleDict({"b": stage_b} | ({"encoder": recipe.build_semantic_encoder()} if stage == "joint" else {}))
 
@@ -55,9 +64,8 @@ def trained(out: Path, stage: str, device: torch.device) -> nn.ModuleDict:
 
 def origin(out: Path, stage: str) -> str:
     """A digest of the weights from which a stage's training starts; empty where it starts from none."""
-    if stage != "joint":
-        return ""
-    return "".join(fingerprint(trained(out, before, torch.device("cpu"))) for before in ("b", "semantic"))
+    before = _STARTS_FROM.get(stage, ())
+    return "".join(fingerprint(trained(out, name, torch.device("cpu"))) for name in before)
 
 
 def check_origin(state: Mapping[str, object], out: Path, stage: str) -> None:
@@ -69,7 +77,8 @@ def check_origin(state: Mapping[str, object], out: Path, stage: str) -> None:
     if state.get("origin", "") != origin(out, stage):
         path = out / f"{stage}.pt"
         raise TrainingError(
-            f"{path} was trained from other weights than b.pt and semantic.pt hold now; train it again: "
+            f"{path} was trained from other weights than {' and '.join(f'{name}.pt' for name in _STARTS_FROM[stage])} "
+            "hold now; train it again: "
             f"rm {path} && python -m cascade_tiny.train --out {out} --stage {stage}"
         )
 
