@@ -49,7 +49,9 @@ class EngineLoader:
     It serves one request at a time. `close` may be called at any time, from any thread, and twice: a call that another
     thread has begun ends first, what it would load next is refused. Engines do not survive a fork, because their
     threads and their GPU's state stay in the parent: a child process that finds engines loaded is refused, and opens a
-    pipeline of its own. One that was forked before anything was loaded may load.
+    pipeline of its own. One that was forked before anything was loaded may load. A child that was forked after ONNX
+    Runtime was imported must end with ``os._exit``, as multiprocessing's children do: ONNX Runtime's own clean-up waits
+    for a thread of the parent.
     """
 
     def __init__(
@@ -219,7 +221,7 @@ class EngineLoader:
     def close(self) -> None:
         """Give back every engine. Closing twice is fine."""
         self._closed = True
-        if self._process != os.getpid():  # to give back what the parent loaded would wait for its threads, for ever
+        if self._process != os.getpid():  # what the parent loaded is the parent's to give back
             _of_parents.extend(self._engines.values())
             self._engines = {}
             return
@@ -322,7 +324,8 @@ class EngineLoader:
 
 
 _of_parents: list[Engine] = []
-"""Engines that were loaded before this process was forked: kept until it ends, because they cannot be given back."""
+"""Engines that were loaded before this process was forked: kept until it ends, because their threads and their GPU's
+state are the parent's."""
 
 
 def select(

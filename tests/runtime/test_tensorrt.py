@@ -17,29 +17,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cascade_rt.backends import cuda, resolve_provider, tensorrt
+from cascade_rt import paths
+from cascade_rt.backends import EngineOptions, StaleEngineError, cuda, resolve_provider, tensorrt
 from cascade_rt.backends.cuda import CudaTensor
-from cascade_rt.bundle import EngineRecord
 from cascade_rt.errors import EngineError
-from cascade_rt.stages import AxisRange, EngineSpec, TensorSpec
+from cascade_rt.manifest import EngineRecord, Runtime, Target
+from cascade_rt.stages import PRECISIONS, AxisRange, DType, EngineSpec, TensorSpec
 
-RANGES = {"batch": AxisRange(1, 2, 4), "width": AxisRange(2, 4, 64, 2)}
-CONTEXT = EngineSpec(
-    "stage_c.context",
-    "c",
-    "stage_c",
-    (TensorSpec("clip_text", "float32", ("batch", "width")),),
-    (TensorSpec("kv", "float16", ("batch", "width"), constant=True),),
-    RANGES,
-)
-STEP = EngineSpec(
-    "stage_c.step",
-    "c",
-    "stage_c",
-    (TensorSpec("latents", "float32", ("batch", "width")), TensorSpec("kv", "float16", ("batch", "width"), True)),
-    (TensorSpec("prediction", "float32", ("batch", "width")),),
-    RANGES,
-)
+RANGES = {"batch": AxisRange(min=1, opt=2, max=4), "width": AxisRange(min=2, opt=4, max=64, multiple=2)}
+
+
+def tensor(name: str, dtype: DType = "float32", constant: bool = False) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, axes=("batch", "width"), constant=constant)
+
+
+def spec(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> EngineSpec:
+    return EngineSpec(name=name, stage="c", model="stage_c", inputs=inputs, outputs=outputs, ranges=RANGES)
+
+
+KV = tensor("kv", "float16", constant=True)
+CONTEXT = spec("stage_c.context", (tensor("clip_text"),), (KV,))
+STEP = spec("stage_c.step", (tensor("latents"), KV), (tensor("prediction"),))
 
 
 def at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
@@ -52,7 +50,9 @@ class FakeCuda:
     """As much of ``cuda.bindings.runtime`` as is used; every function returns a tuple that begins with its status."""
 
     cudaError_t = types.SimpleNamespace(cudaSuccess=0)  # noqa: N815
-    cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaMemcpyKind = types.SimpleNamespace(  # noqa: N815
+        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+    )
     cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
     cudaStreamNonBlocking = 1  # noqa: N815
 
@@ -62,12 +62,22 @@ class FakeCuda:
         self.recording: list[Callable[[], None]] | None = None
         self.room = 1 << 20
         self.capture_fails = False
+        self.current = 0
+        self.used: set[int] = set()
+
+    def cudaGetDevice(self) -> tuple[Any, ...]:  # noqa: N802
+        return 0, self.current
+
+    def cudaSetDevice(self, number: int) -> tuple[Any, ...]:  # noqa: N802
+        self.current = number
+        return (0,) if number < 2 else (101,)
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:  # noqa: N802
         if size > self.room:
             return 2, None
         block = ctypes.create_string_buffer(size)
         self.memory[ctypes.addressof(block)] = block
+        self.used.add(self.current)
         return 0, ctypes.addressof(block)
 
     cudaMallocHost = cudaMalloc  # noqa: N815
@@ -130,6 +140,7 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
         self.works = True
+        self.more = 0
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
@@ -139,7 +150,7 @@ class FakeContext:
         return [t.name for t in self.spec.inputs if t.name not in self.shapes]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes[self.spec.inputs[0].name]
+        return (*self.shapes[self.spec.inputs[0].name][:-1], self.shapes[self.spec.inputs[0].name][-1] + self.more)
 
     def update_device_memory_size_for_shapes(self) -> int:
         return 16 * int(np.prod(self.shapes[self.spec.inputs[0].name]))
@@ -226,22 +237,31 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     fake = FakeCuda()
     library = fake_tensorrt(fake)
     monkeypatch.setattr(cuda, "runtime", lambda: fake)
-    monkeypatch.setattr(tensorrt, "gpu_sm", lambda: 89)
+    monkeypatch.setattr(tensorrt, "gpu_sm", lambda *_: 89)
     monkeypatch.setattr(tensorrt, "_module", lambda runtime: library)
     tensorrt.shared_device.cache_clear()
     yield fake
     tensorrt.shared_device.cache_clear()
 
 
-def record(spec: EngineSpec, sm: tuple[int, ...] = (86, 89), version: str = "11.4.0") -> EngineRecord:
-    target = {"sm": list(sm), "version": version}
-    return EngineRecord(spec, f"{spec.name}.engine", "tensorrt", "fp16", (), None, {}, None, target)
+def record(
+    spec: EngineSpec, sm: tuple[int, ...] = (86, 89), version: str = "11.4.0", runtime: Runtime = "tensorrt"
+) -> EngineRecord:
+    return EngineRecord.of(
+        spec,
+        precision=PRECISIONS["fp16"],
+        runtime=runtime,
+        file=f"{spec.name}.engine",
+        weights=(),
+        tools={},
+        target=Target(sm=sm, version=version, profile={}, flags=(), graph_sha256="0" * 64, weights_sha256=()),
+    )
 
 
-def load(spec: EngineSpec, folder: Path) -> tensorrt.TensorRTEngine:
+def load(spec: EngineSpec, folder: Path, **options: Any) -> tensorrt.TensorRTEngine:
     path = folder / f"{spec.name}.engine"
     path.write_bytes(spec.name.encode())
-    return tensorrt.TensorRTEngine(record(spec), path, "0" * 64)
+    return tensorrt.TensorRTEngine(record(spec), path, EngineOptions(digest="0" * 64, **options))
 
 
 def latents(value: float, shape: tuple[int, int] = (2, 4)) -> dict[str, Any]:
@@ -348,14 +368,14 @@ def test_failures_are_said(device: FakeCuda, tmp_path: Path) -> None:
         with pytest.raises(EngineError, match=r"running stage_c.step failed: TensorRT gave no reason"):
             run(latents(1))
         device.room = 8
-        with pytest.raises(EngineError, match=r"cudaMallocHost failed: out of memory"):
+        with pytest.raises(EngineError, match=r"cudaMallocHost failed: out of memory; use --low-memory, or"):
             engine.bind(context)(latents(1))
     (tmp_path / "bad.engine").write_bytes(b"garbage")
     with pytest.raises(EngineError, match=r"loading bad.engine failed: magic tag does not match"):
-        tensorrt.TensorRTEngine(record(STEP), tmp_path / "bad.engine", "0" * 64)
-    other = replace(STEP, outputs=(replace(STEP.outputs[0], dtype="int64"),))
+        tensorrt.TensorRTEngine(record(STEP), tmp_path / "bad.engine", EngineOptions())
+    other = replace(STEP, outputs=(tensor("prediction", "int64"),))
     with pytest.raises(EngineError, match=r"prediction is float32 on DEVICE; the manifest says int64"):
-        tensorrt.TensorRTEngine(record(other), tmp_path / "stage_c.step.engine", "0" * 64)
+        tensorrt.TensorRTEngine(record(other), tmp_path / "stage_c.step.engine", EngineOptions())
     assert device.log.count("stream gone") == device.log.count("stream")
 
 
@@ -378,16 +398,67 @@ def test_a_call_is_exact(device: FakeCuda, tmp_path: Path, feeds: dict[str, Any]
     ("version", "sm", "message"),
     [
         ("11.4.0", 89, None),
-        ("10.16.1.11", 89, r"was built by tensorrt 11.4.0; 10.16.1.11 is installed.*again with: COMMAND --overwrite"),
-        ("11.4.0", 90, r"was built for SM 86, SM 89; this GPU is SM 90. Build it with: COMMAND"),
+        ("10.16.1.11", 89, r"was built by tensorrt 11.4.0; 10.16.1.11 is installed"),
+        ("11.4.0", 90, r"was built for SM 86, SM 89; this GPU is SM 90"),
     ],
 )
 def test_identity(version: str, sm: int, message: str | None) -> None:
     if message is None:
-        tensorrt.check_identity(record(STEP), version, sm, "COMMAND")
+        tensorrt.check_identity(record(STEP), version, sm)
         return
-    with pytest.raises(EngineError, match=message):
-        tensorrt.check_identity(record(STEP), version, sm, "COMMAND")
+    with pytest.raises(StaleEngineError, match=message):
+        tensorrt.check_identity(record(STEP), version, sm)
+
+
+def test_a_stale_engine_is_not_loaded(device: FakeCuda, tmp_path: Path) -> None:
+    with pytest.raises(StaleEngineError, match=r"was built by tensorrt 11.3.0; 11.4.0 is installed"):
+        tensorrt.TensorRTEngine(record(STEP, version="11.3.0"), tmp_path / "none.engine", EngineOptions())
+    assert device.log == []
+
+
+def test_rows_of_two_requests_share_a_call(device: FakeCuda, tmp_path: Path) -> None:
+    one, two = (make_context(tmp_path, value, (rows, 4)) for value, rows in ((1, 1), (3, 2)))
+    with load(STEP, tmp_path) as engine:
+        both = engine.join([one["kv"], two["kv"]])
+        assert (both.shape, both.dtype) == ((3, 4), "float16")
+        made = engine.bind({"kv": both})(latents(0.5, (3, 4)))["prediction"]
+        np.testing.assert_array_equal(made, np.repeat([[2.5], [6.5], [6.5]], 4, axis=1))
+        last = engine.rows(both, 2, 3)
+        np.testing.assert_array_equal(engine.bind({"kv": last})(latents(0, (1, 4)))["prediction"], [[6, 6, 6, 6]])
+        for call, message in (
+            (lambda: engine.join([one["kv"], make_context(tmp_path, 0, (1, 6))["kv"]]), "cannot be joined"),
+            (lambda: engine.join([]), "at least one"),
+            (lambda: engine.rows(both, 2, 4), "has no rows 2 to 4"),
+            (lambda: engine.join([np.zeros((1, 4))]), "another runtime than TensorRT"),  # type: ignore[list-item]
+        ):
+            with pytest.raises(EngineError, match=message):
+                call()
+
+
+def test_an_engine_that_would_write_more_than_its_formulas_say_is_not_run(device: FakeCuda, tmp_path: Path) -> None:
+    context = make_context(tmp_path, 0)
+    with load(STEP, tmp_path) as engine:
+        engine.context.more = 2
+        device.log.clear()
+        with pytest.raises(EngineError, match=r"TensorRT makes prediction of shape \(2, 6\).*which is \(2, 4\) here"):
+            engine.bind(context)(latents(1))
+        assert "plain" not in device.log
+
+
+def test_another_gpu_is_used_and_left_again(device: FakeCuda, tmp_path: Path) -> None:
+    with load(CONTEXT, tmp_path, device_id=1) as engine:
+        assert device.current == 0
+        device.used.clear()
+        engine.bind({})({"clip_text": np.zeros((1, 2), np.float32)})
+        assert device.used == {1}
+        assert device.current == 0
+    with pytest.raises(EngineError, match="cudaSetDevice 2 failed"):
+        load(CONTEXT, tmp_path, device_id=2)
+
+
+def test_no_option_is_ignored(device: FakeCuda, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="provider tensorrt has no option foo; it takes no provider_options"):
+        load(STEP, tmp_path, provider_options={"foo": "1"})
 
 
 def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,3 +468,24 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> 
     for provider in ("tensorrt", "tensorrt-rtx"):
         with pytest.raises(EngineError, match=rf"provider {provider} is not available here.*cascade-rt\[{provider}\]"):
             resolve_provider(provider)
+
+
+def test_compiled_kernels_are_kept_and_where_they_cannot_be_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert tensorrt._kept_kernels("a.cache") == b""
+    tensorrt._keep_kernels("a.cache", b"kernels")
+    assert tensorrt._kept_kernels("a.cache") == b"kernels"
+    folder = tmp_path / "cache" / "cascade-rt" / "tensorrt-rtx"
+    assert [file.name for file in folder.iterdir()] == ["a.cache"]
+    (folder / "b.cache").mkdir()
+    with pytest.warns(RuntimeWarning, match=r"compiled kernels are made anew: .*b.cache is no regular file"):
+        assert tensorrt._kept_kernels("b.cache") == b""
+    with pytest.warns(RuntimeWarning, match="compiled kernels cannot be kept in .*: Is a directory"):
+        tensorrt._keep_kernels("b.cache", b"kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "a.cache"))
+    paths._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"nothing can be kept between runs below .*a.cache: Not a directory"):
+        tensorrt._keep_kernels("c.cache", b"kernels")
+    assert tensorrt._kept_kernels("c.cache") == b"", "and this is said once"
