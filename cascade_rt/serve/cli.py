@@ -35,6 +35,7 @@ EXAMPLES = """examples:
 """
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 MAX_KEYS_BYTES = MIB
+MAX_WORKERS = 256
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 
 
@@ -75,10 +76,10 @@ def parser() -> argparse.ArgumentParser:
     add("--provider", default="auto", metavar="NAME", help="who runs the engines (default: auto)")
     add(
         "--workers",
-        type=int,
-        default=1,
+        default="1",
         metavar="N",
-        help="copies of the engines: on CPUs each has its share of the cores, on GPUs each its own GPU (default: 1)",
+        help="copies of the engines: on CPUs each has its share of the cores, on GPUs each its own GPU; with --ray "
+        "also LEAST-MOST, between which the load decides (default: 1)",
     )
     add(
         "--ray",
@@ -177,13 +178,29 @@ def make_pool(args: argparse.Namespace, bundles: dict[str, Bundle], metrics: Met
         context_bytes=round(args.context_memory * 2**30),
         pixels=args.max_pixels,
     )
+    least, most = parse_workers(args.workers)
     if args.ray is not None:
         from .ray_pool import RayPool
 
-        return RayPool(bundles, args.provider, limits, args.workers, args.ray)
+        return RayPool(bundles, args.provider, limits, (least, most), args.ray, metrics)
     from .local import local_pool
 
-    return local_pool(bundles, args.provider, limits, args.workers, metrics)
+    if least != most:
+        raise RequestError(f"--workers {shown(args.workers)}: only --ray changes their number; give one number")
+    return local_pool(bundles, args.provider, limits, most, metrics)
+
+
+def parse_workers(text: str) -> tuple[int, int]:
+    """``N`` or ``LEAST-MOST``.
+
+    Raises:
+        RequestError: it is neither, or out of 1..256.
+    """
+    match = re.fullmatch(r"([0-9]{1,3})(?:-([0-9]{1,3}))?", text)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most <= MAX_WORKERS:
+        raise RequestError(f"--workers {shown(text)} is not accepted; it must be N or LEAST-MOST, 1 to {MAX_WORKERS}")
+    return least, most
 
 
 def open_bundles(places: Sequence[str] | None) -> dict[str, Bundle]:
@@ -239,7 +256,6 @@ def check_numbers(args: argparse.Namespace) -> None:
         ("--max-batch", args.max_batch, 1, 1024),
         ("--max-pixels", args.max_pixels, 64 * 64, 4096 * 4096),
         ("--queue", args.queue, 1, 1_000_000),
-        ("--workers", args.workers, 1, 256),
         ("--timeout", args.timeout, 0.1, 86_400),
         ("--grace", args.grace, 0, 86_400),
         ("--context-memory", args.context_memory, 0.001, 100_000),

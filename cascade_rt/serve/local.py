@@ -9,13 +9,11 @@ from ..backends import PROVIDERS, EngineOptions, resolve_provider
 from ..bundle import Bundle
 from ..runner import Runner
 from .batcher import Batcher, Limits
-from .metrics import Metrics
 from .pool import LocalPool
+from .watch import Watch
 
 
-def local_pool(
-    bundles: Mapping[str, Bundle], provider: str, limits: Limits, workers: int, metrics: Metrics
-) -> LocalPool:
+def local_pool(bundles: Mapping[str, Bundle], provider: str, limits: Limits, workers: int, watch: Watch) -> LocalPool:
     """Engines of this process.
 
     Args:
@@ -23,7 +21,7 @@ def local_pool(
         provider: ``auto``, or a name of `backends.PROVIDERS`.
         limits: of every worker's batcher.
         workers: copies of the engines: on CPUs each has its share of the cores, on GPUs each its own GPU.
-        metrics: told of every call.
+        watch: told of every call.
 
     Raises:
         RequestError: an unknown provider, or a GPU that is not there.
@@ -39,5 +37,5 @@ def local_pool(
             options = EngineOptions(device_id=worker)
         runners = {model: Runner(bundle, name, False, options) for model, bundle in bundles.items()}
         manifests = {model: runner.engines.manifest for model, runner in runners.items()}
-        batchers.append(Batcher(runners, limits, metrics))
+        batchers.append(Batcher(runners, limits, watch))
     return LocalPool(batchers, manifests)

@@ -79,12 +79,16 @@ class LocalPool:
         self.manifests = manifests
         self._batchers = list(batchers)
 
-    async def start(self) -> None:
-        """Load all engines; see `Pool.start`."""
+    def load(self) -> None:
+        """Load all engines, and wait until they are; see `Pool.start`."""
         for batcher in self._batchers:
             batcher.start()
         for batcher in self._batchers:
-            await asyncio.to_thread(batcher.wait_ready)
+            batcher.wait_ready()
+
+    async def start(self) -> None:
+        """Load all engines; see `Pool.start`."""
+        await asyncio.to_thread(self.load)
 
     @property
     def ready(self) -> bool:
