@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from cascade_export.graphs import dims_of
-from cascade_export.presets import Size, config_of
-from cascade_export.shapes import parse_shapes
-from cascade_rt.bundle import ModelFacts
+from cascade_export.catalog import COMPONENTS
+from cascade_export.presets import config_of
+from cascade_export.shape_options import parse_shapes
 from cascade_rt.errors import RequestError
-from cascade_rt.shapes import DEFAULT_SHAPES, narrow, profile
-from cascade_rt.stages import AxisRange, EngineSpec, StageName, engines_of
+from cascade_rt.manifest import ModelFacts
+from cascade_rt.profiles import DEFAULT_SHAPES, narrow, profile
+from cascade_rt.stages import PRECISIONS, AxisRange, EngineSpec, Size, StageName, engines_of
 
-BIG = ModelFacts("cascade", "big", "somewhere", "some", 1024, 1024)
-TINY = ModelFacts("cascade-tiny", "tiny", "somewhere", "some", 256, 256)
-MULTIPLE = {"big": 8, "tiny": 8}
+BIG = ModelFacts(name="cascade", size="big", source="somewhere", licence="some", height=1024, width=1024)
+TINY = ModelFacts(name="cascade-tiny", size="tiny", source="somewhere", licence="some", height=256, width=256)
 
 
 def specs(size: Size, *stages: StageName) -> list[EngineSpec]:
     return [
-        e.resolve(dims_of(e.name, config_of(size, e.model) or {}), "fp16")
+        e.resolve(COMPONENTS[e.model].dims(config_of(size, e.model) or {}), PRECISIONS["fp16"])
         for stage in stages
         for e in engines_of(stage)
     ]
@@ -29,13 +28,11 @@ def sizes(found: AxisRange) -> tuple[int, int, int]:
     return found.min, found.opt, found.max
 
 
-def granularity(found: list[EngineSpec]) -> int:
-    return next((e.ranges["height"].multiple for e in found if e.name == "stage_b.step"), 1)
-
-
 def made(size: Size, text: str, *stages: StageName) -> dict[str, EngineSpec]:
     found = specs(size, *stages)
-    return narrow(found, parse_shapes(text), BIG if size == "big" else TINY, granularity(found))
+    grids = [next((e.ranges["height"].multiple for e in found if e.name == f"stage_{s}.step"), 1) for s in "cb"]
+    narrowed = narrow(found, parse_shapes(text), BIG if size == "big" else TINY, (grids[0], grids[1]))
+    return {spec.name: spec for spec in narrowed}
 
 
 def test_default_is_tuned_for_the_bundles_own_pictures() -> None:
@@ -64,16 +61,16 @@ def test_full_is_what_the_graph_takes() -> None:
 
 @pytest.mark.parametrize("text", ["default", "full", "square-768", "stage_b.height=64:128:256"])
 @pytest.mark.parametrize("size", ["big", "tiny"])
-def test_the_grid_follows_the_latents(size: str, text: str) -> None:
+def test_maps_follow_the_latents(size: Size, text: str) -> None:
+    """The maps of Stage B lie on a grid that is coarser than its latents by the patch size; both move together."""
     found = made(size, text, "b")
     step, context = found["stage_b.step"], found["stage_b.context"]
-    patch = 2
-    for axis in ("height", "width"):
-        for which in ("min", "opt", "max"):
-            latents = getattr(step.ranges[axis], which)
-            assert latents == patch * getattr(step.ranges[f"grid_{axis}"], which)
-            assert latents % step.ranges[axis].multiple == 0
-        assert sizes(context.ranges[f"grid_{axis}"]) == sizes(step.ranges[f"grid_{axis}"])
+    of_step, of_context = profile(step), profile(context)
+    for which in range(3):
+        height, width = of_step["latents"][which][2:]
+        assert height % step.ranges["height"].multiple == 0
+        assert of_step["condition_map"][which][1:3] == (height // 2, width // 2)
+        assert of_context["effnet"][which][2:] == (height // 2, width // 2)
 
 
 def test_the_closest_name_wins() -> None:
@@ -86,8 +83,9 @@ def test_the_closest_name_wins() -> None:
 def test_a_profile_has_every_dynamic_input() -> None:
     step = made("tiny", "square-256,batch=2:2:4", "c")["stage_c.step"]
     found = profile(step)
-    assert found["latents"] == [[2, 16, 6, 6], [2, 16, 6, 6], [4, 16, 6, 6]]
-    assert set(found) == {t.name for t in step.inputs} - {"step"}
+    assert found["latents"] == ((2, 16, 6, 6), (2, 16, 6, 6), (4, 16, 6, 6))
+    assert found["step"] == ((2,), (2,), (4,))
+    assert set(found) == {t.name for t in step.inputs}
     for low, opt, high in found.values():
         assert all(a <= b <= c for a, b, c in zip(low, opt, high, strict=True))
 
@@ -117,7 +115,7 @@ def test_bad_syntax(text: str, message: str) -> None:
         ("batch=1:2:64", r"--shapes batch=1:2:64 does not fit stage_b.context, which takes batch 1..32"),
         ("stage_b.height=64:100:256", r"does not fit stage_b.context, which takes height 8..1024 in multiples of 8"),
         ("batch=0:1:2", "batch=0:1:2 does not fit"),
-        ("depth=1:2:3", "names depth, which no engine of this export takes; axes: .*height"),
+        ("depth=1:2:3", "names depth, which no engine of this export takes; named sizes: .*height"),
         ("stage_c.batch=1:2:3", "names stage_c.batch, which no engine of this export takes"),
         ("grid_height=4:8:16", "names grid_height, which no engine of this export takes"),
         ("pixel_height=4:8:16", "names pixel_height"),

@@ -1,4 +1,4 @@
-"""Plans that TensorRT-RTX really builds, for which it needs no GPU; and every refusal before and during a build."""
+"""Engine files that TensorRT-RTX builds, for which it needs no GPU; and every refusal before and during a build."""
 
 from __future__ import annotations
 
@@ -10,36 +10,40 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
+from msgspec.structs import replace
 from onnx import TensorProto, helper
 
-from cascade_export import tensorrt
+from cascade_export import engine_files, targets
 from cascade_export.checkpoints import open_checkpoint
 from cascade_export.cli import main
+from cascade_export.engine_files import Graph, build_engine_file
 from cascade_export.exporter import export
-from cascade_export.request import ExportRequest, own_precision
-from cascade_export.tensorrt import ONNX, Target, build_plan, check_precision, resolve_targets
+from cascade_export.job import ExportRequest, own_precision
+from cascade_export.targets import ONNX, BuildTarget, check_precision, resolve_targets
 from cascade_rt.backends.cuda import gpu_sm
-from cascade_rt.bundle import Bundle, EngineRecord, group
+from cascade_rt.bundle import Bundle
 from cascade_rt.errors import BundleError, CheckpointError, EngineError, ExportError, RequestError
-from cascade_rt.shapes import DEFAULT_SHAPES, narrow
-from cascade_rt.stages import ENGINES, EngineSpec, Precision, TensorSpec
+from cascade_rt.manifest import EngineRecord, Target
+from cascade_rt.profiles import DEFAULT_SHAPES, narrow
+from cascade_rt.stages import ENGINES, PRECISIONS, EngineSpec, tensor_row
 
 has_rtx = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_rtx = pytest.mark.skipif(not has_rtx, reason="tensorrt-rtx is not installed")
-THREE = Target("tensorrt-rtx", (86, 89, 120))
-ONE = Target("tensorrt-rtx", (89,))
+THREE = BuildTarget("tensorrt-rtx", (86, 89, 120))
+ONE = BuildTarget("tensorrt-rtx", (89,))
 TINY_ENGINES = {name for name, spec in ENGINES.items() if spec.stage in ("c", "b", "a", "text")}
 
 
 def make(
-    folder: Path, precision: Precision, *targets: Target, stages: tuple[str, ...] = ("a",), seed: int = 0
+    folder: Path, precision: str, *targets: BuildTarget, stages: tuple[str, ...] = ("a",), seed: int = 0
 ) -> Bundle:
-    request = ExportRequest(stages, precision, folder, verify=False, quiet=True, targets=targets)  # type: ignore[arg-type]
+    request = ExportRequest(
+        stages=stages, precision=PRECISIONS[precision], out=folder, verify=False, quiet=True, targets=targets
+    )
     return export(open_checkpoint(f"random:{seed}", "tiny"), request)
 
 
@@ -54,8 +58,8 @@ def bundle(graphs: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(graphs, tmp_path / "bundle"))
 
 
-def plans(bundle: Bundle) -> list[EngineRecord]:
-    return [record for record in bundle.manifest.records if record.runtime != "onnx"]
+def built_files(bundle: Bundle) -> list[EngineRecord]:
+    return [record for record in bundle.manifest.engines if record.runtime != "onnx"]
 
 
 # -- builds ---------------------------------------------------------------------------------------------------------
@@ -63,74 +67,76 @@ def plans(bundle: Bundle) -> list[EngineRecord]:
 
 @needs_rtx
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_every_tiny_engine_builds_for_three_gpus(precision: Precision, tmp_path: Path) -> None:
+def test_every_tiny_engine_builds_for_three_gpus(precision: str, tmp_path: Path) -> None:
     lines: list[str] = []
     request = ExportRequest(
-        ("c", "b", "a", "text"), precision, tmp_path / "bundle", verify=False, quiet=True, targets=(THREE,)
+        stages=("c", "b", "a", "text"),
+        precision=PRECISIONS[precision],
+        out=tmp_path / "bundle",
+        verify=False,
+        quiet=True,
+        targets=(THREE,),
     )
     bundle = export(open_checkpoint("random:0", "tiny"), request, lines.append)
-    records = plans(bundle)
-    assert {record.spec.name for record in records} == TINY_ENGINES
+    records = built_files(bundle)
+    assert {record.name for record in records} == TINY_ENGINES
     assert len([line for line in lines if "built in" in line]) == len(TINY_ENGINES)
     version = importlib.import_module("tensorrt_rtx").__version__
     for record in records:
-        assert record.file == f"{record.spec.name}.rtx-sm86-sm89-sm120.engine"
+        assert record.file == f"{record.name}.rtx-sm86-sm89-sm120.engine"
         assert record.sm == (86, 89, 120)
-        assert (record.precision, record.weights, record.verification) == (precision, (), None)
+        assert (record.precision.name, record.weights, record.verification) == (precision, (), None)
         assert record.target is not None
-        assert record.target["version"] == version
-        assert "REQUIRE_USER_ALLOCATION" in record.target["flags"]
-        for tensor in record.spec.inputs:
-            for axis in tensor.axes:
-                if isinstance(axis, str):
-                    assert record.spec.ranges[axis].accepts(record.spec.ranges[axis].opt)
+        assert record.target.version == version
+        assert "REQUIRE_USER_ALLOCATION" in record.target.flags
+        assert all(limits.accepts(limits.opt) for limits in record.ranges.values())
         content = bundle.file(record.file).read_bytes()
         assert len(content) > 100_000
-    # plans hold their weights, and what they were built from is not kept
+    # engine files hold their weights, and what they were built from is not kept
     assert sorted(p.suffix for p in bundle.path.iterdir()) == sorted(
         [".engine"] * len(TINY_ENGINES) + [".json", ".json"]
     )
     assert all(model.weights is None for model in bundle.manifest.models.values())
-    with pytest.raises(CheckpointError, match=r"only as TensorRT plans.*--checkpoint \(random:0\)"):
-        open_checkpoint(str(bundle.path), None).component("stage_c")
+    with pytest.raises(CheckpointError, match=r"only as TensorRT engine files.*--checkpoint \(random:0\)"):
+        open_checkpoint(str(bundle.path), None).network("stage_c")
 
 
 @needs_rtx
 def test_fp32_builds_too(tmp_path: Path) -> None:
-    records = plans(make(tmp_path / "bundle", "fp32", ONE))
-    assert {r.spec.name for r in records} == {"stage_a.decode", "stage_a.encode"}
-    assert all("TF32" not in record.target["flags"] for record in records if record.target)
+    records = built_files(make(tmp_path / "bundle", "fp32", ONE))
+    assert {r.name for r in records} == {"stage_a.decode", "stage_a.encode"}
+    assert all("TF32" not in record.target.flags for record in records if record.target)
 
 
 @needs_rtx
-def test_plans_are_added_from_the_bundles_own_graphs(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_engine_files_are_added_from_the_bundles_own_graphs(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--stage", "a", "--target", "tensorrt-rtx", "--sm", "89", "--out", str(bundle), "--quiet"]
     assert main(command) == 0
     assert "the bundle's own fp16 graphs" in capsys.readouterr().out
     opened = Bundle(bundle)
-    assert [r.runtime for r in opened.manifest.engines["stage_a.decode"]] == ["onnx", "tensorrt-rtx"]
+    assert [r.runtime for r in opened.manifest.records("stage_a.decode")] == ["onnx", "tensorrt-rtx"]
     assert opened.engine("stage_a.decode").runtime == "onnx"
-    plan = opened.engine("stage_a.decode", "tensorrt-rtx", 89)
+    built = opened.engine("stage_a.decode", "tensorrt-rtx")
     graph = opened.engine("stage_a.decode", "onnx")
-    assert plan.target is not None
-    hashes = [opened.manifest.files[name]["sha256"] for name in graph.files]
-    assert [plan.target["graph_sha256"], *plan.target["weights_sha256"]] == hashes
+    assert built.target is not None
+    hashes = [opened.manifest.files[name].sha256 for name in graph.files]
+    assert [built.target.graph_sha256, *built.target.weights_sha256] == hashes
     assert main(command) == 2
-    assert "already has stage a for tensorrt-rtx sm89; add --overwrite" in capsys.readouterr().err
+    assert "already has stage a for tensorrt-rtx sm89 in fp16; add --overwrite" in capsys.readouterr().err
     assert main([*command[:5], "86", *command[6:]]) == 0
-    assert len(Bundle(bundle).manifest.engines["stage_a.decode"]) == 3
-    with pytest.raises(BundleError, match=r"stage_a.decode for SM 86, SM 89; this GPU is SM 120.*--sm 120"):
-        Bundle(bundle).engine("stage_a.decode", "tensorrt-rtx", 120)
+    assert len(Bundle(bundle).manifest.records("stage_a.decode")) == 3
 
 
 @needs_rtx
-def test_plans_of_replaced_graphs_are_left_out(bundle: Path) -> None:
+def test_engine_files_of_replaced_graphs_are_left_out(bundle: Path) -> None:
     assert main(["--stage", "a", "--target", "tensorrt-rtx", "--sm", "89", "--out", str(bundle), "--quiet"]) == 0
     lines: list[str] = []
-    request = ExportRequest(("a",), "fp16", bundle, verify=False, overwrite=True, quiet=True)
+    request = ExportRequest(
+        stages=("a",), precision=PRECISIONS["fp16"], out=bundle, verify=False, overwrite=True, quiet=True
+    )
     export(open_checkpoint("random:1", "tiny"), request, lines.append)
-    assert plans(Bundle(bundle)) == []
-    assert any("left out, it was built from the graph that has been replaced" in line for line in lines)
+    assert built_files(Bundle(bundle)) == []
+    assert any("left out, it is of random:0 with no LoRA" in line for line in lines)
     assert not list(bundle.glob("*.engine"))
 
 
@@ -138,7 +144,7 @@ def test_plans_of_replaced_graphs_are_left_out(bundle: Path) -> None:
 
 
 @needs_rtx
-def test_a_damaged_plan_is_refused(bundle: Path) -> None:
+def test_a_damaged_engine_file_is_refused(bundle: Path) -> None:
     assert main(["--stage", "a", "--target", "tensorrt-rtx", "--sm", "89", "--out", str(bundle), "--quiet"]) == 0
     record = Bundle(bundle).engine("stage_a.decode", "tensorrt-rtx")
     path = bundle / record.file
@@ -149,21 +155,22 @@ def test_a_damaged_plan_is_refused(bundle: Path) -> None:
         Bundle(bundle).file(record.file)
 
 
-def test_the_manifest_holds_one_plan_a_gpu(bundle: Path) -> None:
+def test_the_manifest_holds_one_engine_file_a_gpu(bundle: Path) -> None:
     manifest = Bundle(bundle).manifest
-    graph = manifest.engines["stage_a.decode"][0]
-    plan = replace(graph, runtime="tensorrt", weights=(), opset=None, target={"sm": [89], "version": "11"})
-    twice = replace(manifest, engines=group([*manifest.records, plan, plan]))
-    with pytest.raises(BundleError, match=r"lists the tensorrt engine stage_a.decode twice for the same GPU"):
+    graph = manifest.records("stage_a.decode")[0]
+    target = Target(sm=(89,), version="11", profile={}, flags=(), graph_sha256="0" * 64, weights_sha256=())
+    built = replace(graph, runtime="tensorrt", weights=(), target=target)
+    twice = replace(manifest, engines=(*manifest.engines, built, built))
+    with pytest.raises(BundleError, match=r"lists the engine stage_a.decode fp16 tensorrt sm89 twice"):
         type(manifest).from_json(twice.to_json(), "cascade.json")
-    once = replace(manifest, engines=group([plan, *manifest.records]))
+    once = replace(manifest, engines=(built, *manifest.engines))
     again = type(manifest).from_json(once.to_json(), "cascade.json")
-    assert [r.runtime for r in again.engines["stage_a.decode"]] == ["onnx", "tensorrt"]
+    assert [r.runtime for r in again.records("stage_a.decode")] == ["onnx", "tensorrt"]
     assert again.to_json() == once.to_json()
 
 
 @needs_rtx
-@pytest.mark.parametrize("text", ["90", "abc", "8.9", "86,,89", "", "-1"])
+@pytest.mark.parametrize("text", ["90", "abc", "8.9", "86,,89", "", "-1", "9" * 5000, "²", "\x1b[31m"])
 def test_unknown_sm(text: str) -> None:
     with pytest.raises(RequestError, match=r"is not accepted; TensorRT-RTX builds for 75, 80, 86, 89, 120, 121"):
         resolve_targets(["tensorrt-rtx"], text)
@@ -171,8 +178,11 @@ def test_unknown_sm(text: str) -> None:
 
 @needs_rtx
 def test_sm_is_sorted_and_has_a_default() -> None:
-    assert resolve_targets(["onnx", "tensorrt-rtx", "onnx"], "120,86,86") == (ONNX, Target("tensorrt-rtx", (86, 120)))
-    assert resolve_targets(["tensorrt-rtx"], None)[0].sm == tensorrt.DEFAULT_SM
+    assert resolve_targets(["onnx", "tensorrt-rtx", "onnx"], "120,86,86") == (
+        ONNX,
+        BuildTarget("tensorrt-rtx", (86, 120)),
+    )
+    assert resolve_targets(["tensorrt-rtx"], None)[0].sm == targets.DEFAULT_SM
 
 
 def test_sm_without_its_target() -> None:
@@ -181,11 +191,11 @@ def test_sm_without_its_target() -> None:
 
 
 @pytest.mark.parametrize(("precision", "reason"), [("bf16", "no bfloat16"), ("fp32", "no fp32 matrix product")])
-def test_turing_takes_fp16_only(precision: Precision, reason: str) -> None:
+def test_turing_takes_fp16_only(precision: str, reason: str) -> None:
     with pytest.raises(RequestError, match=rf"--sm 75 cannot be built in {precision}.*{reason}.*--precision fp16"):
-        check_precision(Target("tensorrt-rtx", (75, 89)), precision)
-    check_precision(Target("tensorrt-rtx", (75, 89)), "fp16")
-    check_precision(Target("tensorrt-rtx", (80, 89)), precision)
+        check_precision(BuildTarget("tensorrt-rtx", (75, 89)), PRECISIONS[precision])
+    check_precision(BuildTarget("tensorrt-rtx", (75, 89)), PRECISIONS["fp16"])
+    check_precision(BuildTarget("tensorrt-rtx", (80, 89)), PRECISIONS[precision])
 
 
 @needs_rtx
@@ -238,7 +248,7 @@ def test_tensorrt_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "gpu_sm", lambda: 89)
+    monkeypatch.setattr(targets, "gpu_sm", lambda: 89)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for target in ("tensorrt", "tensorrt-rtx"):
         with pytest.raises(RequestError, match=rf"pip install 'cascade-rt\[{target}\]'"):
@@ -248,12 +258,13 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
 # -- builds that do not end well ------------------------------------------------------------------------------------
 
 
-def build(bundle: Path, target: Target, **options: object) -> Path:
+def build(bundle: Path, target: BuildTarget, **options: object) -> Path:
     opened = Bundle(bundle)
-    graph = opened.engine("stage_a.decode", "onnx")
-    path = bundle / target.file("stage_a.decode")
-    spec = narrow([graph.spec], DEFAULT_SHAPES, opened.manifest.model)[graph.spec.name]
-    build_plan(target, graph, bundle, ("", []), spec, path, **options)  # type: ignore[arg-type]
+    record = opened.engine("stage_a.decode", "onnx")
+    path = bundle / f"stage_a.decode.{target.suffix}"
+    (spec,) = narrow([record.spec], DEFAULT_SHAPES, opened.manifest.model)
+    graph = Graph(record=record, folder=bundle, hashes=("0" * 64, ()))
+    build_engine_file(target, graph, spec, path, **options)  # type: ignore[arg-type]
     return path
 
 
@@ -267,7 +278,7 @@ def test_an_interrupted_build_leaves_nothing(bundle: Path) -> None:
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         build(bundle, ONE, progress=interrupt)
-    assert time.monotonic() - started < tensorrt.STOP_SECONDS
+    assert time.monotonic() - started < engine_files.STOP_SECONDS
     assert sorted(p.name for p in bundle.iterdir()) == before
 
 
@@ -276,10 +287,10 @@ def test_ctrl_c_stops_the_command(bundle: Path) -> None:
     before = sorted(p.name for p in bundle.parent.rglob("*"))
     code = (
         "import os, signal, sys\n"
-        "from cascade_export import plans, tensorrt\n"
+        "from cascade_export import engine_files\n"
         "def interrupt(phase, step, of): os.kill(os.getpid(), signal.SIGINT)\n"
-        "run = tensorrt._run\n"
-        "tensorrt._run = lambda job, progress: run(job, interrupt)\n"
+        "run = engine_files._run\n"
+        "engine_files._run = lambda order, progress: run(order, interrupt)\n"
         "from cascade_export.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
@@ -294,26 +305,28 @@ def test_ctrl_c_stops_the_command(bundle: Path) -> None:
 def test_a_builder_whose_owner_has_died_stops(bundle: Path) -> None:
     """The building process sees the end of its input and cancels, whatever became of the process that started it."""
     graph = Bundle(bundle).engine("stage_a.decode", "onnx")
-    job = {
+    order = {
         "module": "tensorrt_rtx",
         "graph": str(bundle / graph.file),
-        "plan": str(bundle / "plan"),
+        "engine_file": str(bundle / "built"),
         "profile": {"latents": [[1, 4, 8, 8], [1, 4, 8, 8], [1, 4, 8, 8]]},
         "sm": [89],
         "exact": False,
         "timing_cache": None,
     }
     module = [sys.executable, "-m", "cascade_export.tensorrt_build"]
-    # input ends right after the job
-    done = subprocess.run(module, input=json.dumps(job) + "\n", capture_output=True, text=True, check=False, timeout=60)
+    # input ends right after the order
+    done = subprocess.run(
+        module, input=json.dumps(order) + "\n", capture_output=True, text=True, check=False, timeout=60
+    )
     assert json.loads(done.stdout.splitlines()[-1]) == {"cancelled": True}, done.stdout + done.stderr
-    assert not (bundle / "plan").exists()
+    assert not (bundle / "built").exists()
 
 
 @needs_rtx
 def test_a_failed_build_does_not_spoil_the_next(bundle: Path, tmp_path: Path) -> None:
     bf16 = make(tmp_path / "bf16", "bf16", ONNX).path
-    turing = Target("tensorrt-rtx", (75,))
+    turing = BuildTarget("tensorrt-rtx", (75,))
     with pytest.raises(ExportError, match=r"stage_a.decode cannot be built for tensorrt-rtx sm75: \w+"):
         build(bf16, turing)
     assert not list(bf16.glob("*.engine")) + list(bf16.glob(".*"))
@@ -330,10 +343,12 @@ def test_parser_errors_name_node_and_operator(tmp_path: Path) -> None:
         opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("nowhere", 1)],
     )
     onnx.save(model, tmp_path / "odd.onnx")
-    spec = EngineSpec("previewer", "previewer", "previewer", (TensorSpec("x", "float32", (1, 4)),), ())
-    record = EngineRecord(spec, "odd.onnx", "onnx", "fp16", (), 20, {})
+    tensor = tensor_row("x", "float32", "1 4", "")
+    spec = EngineSpec(name="previewer", stage="previewer", model="previewer", inputs=(tensor,), outputs=(tensor,))
+    record = EngineRecord.of(spec, precision=PRECISIONS["fp16"], runtime="onnx", file="odd.onnx", weights=(), tools={})
+    graph = Graph(record=record, folder=tmp_path, hashes=("0" * 64, ()))
     with pytest.raises(ExportError, match=r"odd.onnx cannot be parsed: node the_odd_one \(Frobnicate\): "):
-        build_plan(ONE, record, tmp_path, ("", []), spec, tmp_path / "odd.engine")
+        build_engine_file(ONE, graph, spec, tmp_path / "odd.engine")
     assert [p.name for p in tmp_path.iterdir()] == ["odd.onnx"]
 
 
@@ -344,7 +359,7 @@ def test_a_builder_that_is_killed_is_reported(bundle: Path, monkeypatch: pytest.
     def start(command: list[str], **options: object) -> subprocess.Popen[str]:
         return real([sys.executable, "-c", code], **options)  # type: ignore[call-overload, no-any-return]
 
-    monkeypatch.setattr(tensorrt.subprocess, "Popen", start)
+    monkeypatch.setattr(engine_files.subprocess, "Popen", start)
     with pytest.raises(ExportError, match="was killed, most likely because memory ran out"):
         build(bundle, ONE)
     assert not list(bundle.glob("*.engine")) + list(bundle.glob(".*"))
@@ -352,11 +367,11 @@ def test_a_builder_that_is_killed_is_reported(bundle: Path, monkeypatch: pytest.
 
 def test_own_precision(bundle: Path) -> None:
     opened = Bundle(bundle)
-    assert own_precision(opened, ("a",)) == "fp16"
-    assert own_precision(opened, ("a", "c")) is None
+    assert own_precision(opened.manifest, ("a",)) == PRECISIONS["fp16"]
+    assert own_precision(opened.manifest, ("a", "c")) is None
 
 
 def test_a_builder_says_why_it_ended(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tensorrt.MODULES, "tensorrt-rtx", "no_such_module")
+    monkeypatch.setitem(targets.MODULES, "tensorrt-rtx", "no_such_module")
     with pytest.raises(ExportError, match=r"ended with status 1: ModuleNotFoundError.*no_such_module"):
         build(bundle, ONE)

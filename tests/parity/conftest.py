@@ -8,9 +8,10 @@ import pytest
 
 import reference
 from cascade_export.checkpoints import open_checkpoint
-from cascade_export.exporter import ExportRequest, export
+from cascade_export.exporter import export
+from cascade_export.job import ExportRequest
 from cascade_rt import CascadePipeline
-from cascade_rt.stages import StageName
+from cascade_rt.stages import PRECISIONS, StageName
 from cascades import Cascade, add_encoders, make_checkpoint
 
 
@@ -23,6 +24,7 @@ def cascade(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     stages: tuple[StageName, ...] = ("c", "b", "a", "text")
     if request.param == "shallow":
         stages = (*stages, "image", "effnet", "previewer")
-    export(open_checkpoint(str(checkpoint), None), ExportRequest(stages, "fp32", folder / "bundle", quiet=True))
+    wanted = ExportRequest(stages=stages, precision=PRECISIONS["fp32"], out=folder / "bundle", quiet=True)
+    export(open_checkpoint(str(checkpoint), None), wanted)
     with CascadePipeline.from_pretrained(folder / "bundle", provider="cpu") as ours:
         yield Cascade(request.param, checkpoint, theirs, ours)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cascade_export.models import build_model
+from cascade_export.catalog import build_model
 from cascade_export.verify import TOLERANCES
 from cascade_rt import EngineError
-from cascade_rt.backends import open_engine
+from cascade_rt.backends import Engine, EngineOptions, open_engine
 from cascade_rt.image import resize_bilinear
 from cascade_rt.sampling import timestep_embedding
 from cascades import Cascade
@@ -33,8 +33,14 @@ def module_of(cascade: Cascade, component: str) -> Any:
     return module
 
 
+def opened(cascade: Cascade, name: str) -> Engine:
+    bundle = cascade.ours.bundle
+    record = bundle.engine(name)
+    return open_engine(record, bundle.file(record.file), "cpu", EngineOptions())
+
+
 def run(cascade: Cascade, name: str, feeds: dict[str, Any]) -> dict[str, Any]:
-    with open_engine(cascade.ours.bundle, name, "cpu") as engine:
+    with opened(cascade, name) as engine:
         return engine.bind({})(feeds)
 
 
@@ -63,18 +69,21 @@ def test_denoiser_engines(cascade: Cascade, stage: str, batch: int) -> None:
         feeds["effnet"] = resize_bilinear(feeds["effnet"], *(s // c.patch_size for s in latents.shape[2:]))
     feeds["timestep_embedding"] = timestep_embedding(ratios, c.timestep_ratio_embedding_dim)
     with (
-        open_engine(cascade.ours.bundle, f"{stage}.context", "cpu") as context,
-        open_engine(cascade.ours.bundle, f"{stage}.step", "cpu") as step,
+        opened(cascade, f"{stage}.context") as context,
+        opened(cascade, f"{stage}.step") as step,
     ):
         bound = step.bind(context.bind({})(feeds))  # type: ignore[arg-type]
         given = {k: torch.from_numpy(v) for k, v in conditions.items()}
         for row, ratio in enumerate(ratios):
             wanted = model(torch.from_numpy(latents), torch.full((batch,), float(ratio)), **given).numpy()
-            made = bound({"latents": latents, "step": np.array([row])})["prediction"]
+            made = bound({"latents": latents, "step": np.full(batch, row)})["prediction"]
             assert isinstance(made, np.ndarray)
             assert rel_l2(made, wanted) <= BOUND
-            other = bound({"latents": latents, "step": np.array([1 - row])})["prediction"]
+            other = bound({"latents": latents, "step": np.full(batch, 1 - row)})["prediction"]
             assert rel_l2(other, wanted) > 1e-3  # type: ignore[arg-type]
+        steps = np.arange(batch) % 2  # every row of the batch at its own step
+        wanted = model(torch.from_numpy(latents), torch.from_numpy(ratios[steps]), **given).numpy()
+        assert rel_l2(bound({"latents": latents, "step": steps})["prediction"], wanted) <= BOUND  # type: ignore[arg-type]
         with pytest.raises(EngineError, match="without step"):
             bound({"latents": latents})
 

@@ -134,9 +134,9 @@ def test_context_and_step(name: str, part: str) -> None:
     context = ours.context(embedding, **conditions)
     for row, ratio in enumerate(ratios):
         wanted = theirs(timestep_ratio=ratio.expand(2), return_dict=False, **inputs)[0].numpy()
-        made = ours.step(inputs["sample"], torch.tensor([row]), context).numpy()
+        made = ours.step(inputs["sample"], torch.tensor([row, row]), context).numpy()
         assert rel_l2(made, wanted) <= TOLERANCES["split"].rel_l2
-        other = ours.step(inputs["sample"], torch.tensor([(row + 1) % 3]), context).numpy()
+        other = ours.step(inputs["sample"], torch.tensor([(row + 1) % 3, row]), context).numpy()
         assert rel_l2(other, wanted) > 1e-3
 
 
@@ -240,7 +240,7 @@ def test_bad_configs_are_named() -> None:
         ({"block_types_per_layer": [["SDCascadeResBlock", "MambaBlock"]] * 4}, "unknown block 'MambaBlock'"),
         ({"num_attention_heads": [1, 2]}, "num_attention_heads has 2 entries"),
         ({"num_attention_heads": [-1, -1, -1, 18]}, "level 2 has attention blocks"),
-        ({"block_out_channels": 3}, "block_out_channels: Expected `array`"),
+        ({"block_out_channels": 3}, "block_out_channels: 3 is not accepted; it must be a list of 1 to 8 entries"),
         ({"kernel_size": 4}, "kernel_size 4 is even"),
         ({"switch_level": [True]}, "switch_level"),
     ):
