@@ -28,8 +28,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not PYTHON,
-        reason="Ray is not installed: pip install 'cascade-rt[ray]', here or in the environment whose python is named as "
-        "CASCADE_RAY_PYTHON",
+        reason="Ray is not installed: pip install 'cascade-rt[ray]', here or in an environment whose python is named "
+        "as CASCADE_RAY_PYTHON",
     ),
 ]
 
