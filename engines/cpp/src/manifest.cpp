@@ -199,10 +199,10 @@ void check_engine(EngineRecord& record, bool has_target, const std::string& path
 
 std::string other_format(const Json& version, const Json& document, const std::string& where) {
   const std::string has = "has bundle format " + shown(version) + "; this cascade-rt reads 2";
-  if (version.is_number_integer() && version.get<std::int64_t>() > tables::kFormatVersion) {
+  if (version.is_number_unsigned() && version.get<std::uint64_t>() > std::uint64_t{tables::kFormatVersion}) {
     return has + ". Upgrade with: pip install -U cascade-rt";
   }
-  if (!(version.is_number_integer() && version.get<std::int64_t>() == 1)) return has;
+  if (!version.is_number_integer() || version != 1) return has;
   std::string size, source = "None";
   if (document.contains("model") && document.at("model").is_object()) {
     const Json& model = document.at("model");

@@ -301,11 +301,7 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
   for (const auto& [name, there] : {std::pair<const char*, bool>{"images", !asked.images.empty()},
                                     {"init_image", asked.init_image.has_value()},
                                     {"mask_image", asked.mask_image.has_value()}}) {
-    if (there) {
-      throw RequestError(std::string(name) + " is not taken by the C++ library, which opens no pictures; give " +
-                             "embeddings in Tensors::image_embeds, or use the Python package",
-                         name, "", "nothing");
-    }
+    if (there) throw not_taken(name);
   }
   if (asked.strength) throw RequestError("strength is given without init_image, to which it belongs", "strength");
   const Request request = with_preset(asked, manifest);

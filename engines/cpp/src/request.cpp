@@ -114,8 +114,9 @@ std::vector<double> scales_from(const std::string& name, const Json& value, std:
   return made;
 }
 
-void check_fields(const std::string& what, const std::string& field, const Json& values, const char* const* list) {
-  auto known = words(list);
+void check_fields(const std::string& what, const std::string& field, const Json& values, const tables::Pair* fields) {
+  std::vector<std::string> known;
+  for (const tables::Pair* pair = fields; pair->key != nullptr; ++pair) known.emplace_back(pair->key);
   for (const auto& item : values.items()) {
     if (std::find(known.begin(), known.end(), item.key()) == known.end()) {
       std::sort(known.begin(), known.end());
@@ -193,6 +194,12 @@ std::vector<ImagePrompt> images_from(const Json& value) {
   return made;
 }
 
+/// The fields of a request that this library has; of Python's others it takes the defaults only.
+constexpr const char* kOwnFields[] = {"prompt", "negative_prompt", "height",  "width",  "num_images_per_prompt",
+                                      "seeds",  "noise",           "sampler", "preset", "prior",
+                                      "decoder", "images",         "init_image", "strength", "mask_image",
+                                      "output_type"};
+
 Json texts_json(const Texts& texts) {
   if (const auto* one = std::get_if<std::string>(&texts)) return *one;
   if (const auto* several = std::get_if<std::vector<std::string>>(&texts)) return *several;
@@ -219,6 +226,10 @@ Json loop_json(const LoopSettings& loop) {
 
 }  // namespace
 
+RequestError not_taken(const std::string& field) {
+  return RequestError(field + " is not taken by the C++ library; use the Python package for it", field, "", "nothing");
+}
+
 std::vector<std::string> texts_of(const Texts& texts) {
   if (const auto* one = std::get_if<std::string>(&texts)) return {*one};
   if (const auto* several = std::get_if<std::vector<std::string>>(&texts)) return *several;
@@ -227,6 +238,10 @@ std::vector<std::string> texts_of(const Texts& texts) {
 
 Json to_json(const Request& request) {
   Json made = Json::object();
+  // all fields in Python's order; those that this library does not have keep their defaults
+  for (const tables::Pair* pair = tables::kRequestFields; pair->key != nullptr; ++pair) {
+    made[pair->key] = Json::parse(pair->value);
+  }
   made["prompt"] = texts_json(request.prompt);
   made["negative_prompt"] = texts_json(request.negative_prompt);
   made["height"] = optional_json(request.height);
@@ -255,6 +270,11 @@ Json to_json(const Request& request) {
 Request request_from(const Json& values) {
   if (!values.is_object()) throw refused("the request", values, "an object of fields");
   check_fields("a request", "", values, tables::kRequestFields);
+  for (const tables::Pair* pair = tables::kRequestFields; pair->key != nullptr; ++pair) {
+    const std::string name = pair->key;
+    if (std::find(std::begin(kOwnFields), std::end(kOwnFields), name) != std::end(kOwnFields)) continue;
+    if (values.contains(name) && values.at(name) != Json::parse(pair->value)) throw not_taken(name);
+  }
   Request made;
   made.prompt = texts_from("prompt", at(values, "prompt"));
   made.negative_prompt = texts_from("negative_prompt", at(values, "negative_prompt"));

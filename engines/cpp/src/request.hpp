@@ -9,7 +9,8 @@ Json to_json(const Request& request);
 Request request_from(const Json& values);  // throws RequestError
 void check(const Request& request);        // throws RequestError
 std::vector<std::string> texts_of(const Texts& texts);
-std::uint64_t parse_seed(const std::string& text, bool& fits);
+/// The error of a field of Python's request that this library does not have.
+RequestError not_taken(const std::string& field);
 
 enum class Part { picture, prior, decoder };
 

@@ -13,8 +13,7 @@ namespace {
 struct Problem {
   std::string what;
   std::string path;
-  const Json* value;
-  bool of_key = false;
+  const Json* value;  // null where the key is missing
 };
 
 const Json& schema() {
@@ -124,14 +123,17 @@ std::optional<Problem> check(const Json& value, const Json& rule_given, const st
   }
   if (value.is_number()) {
     const std::string kind = expected(rule);
+    const auto bound = [&](const char* key) {
+      return kind == "float" ? repr(rule.at(key).get<double>()) : repr(rule.at(key));
+    };
     if (rule.contains("minimum") && compare(value, rule.at("minimum").get<double>()) < 0) {
-      return problem("Expected `" + kind + "` >= " + repr(rule.at("minimum")));
+      return problem("Expected `" + kind + "` >= " + bound("minimum"));
     }
     if (rule.contains("exclusiveMinimum") && compare(value, rule.at("exclusiveMinimum").get<double>()) <= 0) {
-      return problem("Expected `" + kind + "` > " + repr(rule.at("exclusiveMinimum")));
+      return problem("Expected `" + kind + "` > " + bound("exclusiveMinimum"));
     }
     if (rule.contains("maximum") && compare(value, rule.at("maximum").get<double>()) > 0) {
-      return problem("Expected `" + kind + "` <= " + repr(rule.at("maximum")));
+      return problem("Expected `" + kind + "` <= " + bound("maximum"));
     }
   } else if (value.is_string()) {
     const auto& text = value.get_ref<const std::string&>();
@@ -170,7 +172,7 @@ std::optional<Problem> check(const Json& value, const Json& rule_given, const st
       if (rule.contains("propertyNames")) {
         Json key = item.key();
         if (auto found = check(key, rule.at("propertyNames"), below)) {
-          return Problem{"a key of this mapping: " + found->what, path, &value, true};
+          return Problem{"a key of this mapping: " + found->what, path, &value};
         }
       }
       if (known) {
@@ -178,7 +180,7 @@ std::optional<Problem> check(const Json& value, const Json& rule_given, const st
       } else if (rule.contains("additionalProperties")) {
         const Json& other = rule.at("additionalProperties");
         if (other.is_boolean() && !other.get<bool>()) {
-          return problem("Object contains unknown field `" + plain(item.key()) + "`");
+          return Problem{"Object contains unknown field `" + plain(item.key()) + "`", below, &item.value()};
         }
         if (other.is_object()) {
           if (auto found = check(item.value(), other, below)) return found;
@@ -188,7 +190,8 @@ std::optional<Problem> check(const Json& value, const Json& rule_given, const st
     if (rule.contains("required")) {
       for (const Json& name : rule.at("required")) {
         if (!value.contains(name.get_ref<const std::string&>())) {
-          return problem("Object missing required field `" + name.get<std::string>() + "`");
+          const std::string missing = name.get<std::string>();
+          return Problem{"Object missing required field `" + missing + "`", path + "." + missing, nullptr};
         }
       }
     }
@@ -204,9 +207,11 @@ void check_schema(const Json& document, const std::string& where) {
   std::string path = found->path;
   if (path.rfind("$.", 0) == 0) path = path.substr(2);
   if (path == "$") path = "the document";
-  const std::string given = found->value->is_object() ? "" : "; it is " + shown(*found->value);
-  throw BundleError(plain(where) + ": " + path + ": " + shortened(plain(found->what), 200) + given, path,
-                    found->value->is_object() ? "" : shown(*found->value), found->what);
+  const bool quoted = found->value != nullptr && !found->value->is_object();
+  const std::string value = quoted ? shown(*found->value) : "";
+  throw BundleError(plain(where) + ": " + path + ": " + shortened(plain(found->what), 200) +
+                        (quoted ? "; it is " + value : ""),
+                    path, value, found->what);
 }
 
 }  // namespace cascade_rt::detail

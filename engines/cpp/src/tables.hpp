@@ -33,9 +33,33 @@ inline constexpr const char* kPresets[] = {"quality", "balanced", "fast", nullpt
 inline constexpr const char* kPredictionTypes[] = {"epsilon", "v_prediction", "sample", nullptr};
 inline constexpr const char* kNoiseKinds[] = {"torch-cpu", "torch-cuda", "notebook", nullptr};
 inline constexpr const char* kOutputTypes[] = {"pil", "np", "latent", nullptr};
-inline constexpr const char* kRequestFields[] = {"prompt", "negative_prompt", "height", "width", "num_images_per_prompt", "seeds", "noise", "sampler", "preset", "prior", "decoder", "images", "init_image", "strength", "mask_image", "output_type", nullptr};
-inline constexpr const char* kLoopFields[] = {"num_inference_steps", "guidance_scale", "guidance_start", "guidance_end", "guidance_per_step", nullptr};
-inline constexpr const char* kImageFields[] = {"image", "weight", nullptr};
+// Every field of a request in its order, with its default as JSON
+inline constexpr Pair kRequestFields[] = {
+    {"prompt", "null"},
+    {"negative_prompt", "null"},
+    {"height", "null"},
+    {"width", "null"},
+    {"num_images_per_prompt", "null"},
+    {"seeds", "null"},
+    {"noise", "\"torch-cpu\""},
+    {"sampler", "null"},
+    {"preset", "null"},
+    {"prior", "{\"num_inference_steps\": null, \"guidance_scale\": null, \"guidance_start\": null, \"guidance_end\": null, \"guidance_per_step\": null}"},
+    {"decoder", "{\"num_inference_steps\": null, \"guidance_scale\": null, \"guidance_start\": null, \"guidance_end\": null, \"guidance_per_step\": null}"},
+    {"images", "[]"},
+    {"init_image", "null"},
+    {"strength", "null"},
+    {"mask_image", "null"},
+    {"loras", "[]"},
+    {"output_type", "\"pil\""},
+    {nullptr, nullptr}};
+inline constexpr Pair kLoopFields[] = {
+    {"num_inference_steps", "null"},
+    {"guidance_scale", "null"},
+    {"guidance_start", "null"},
+    {"guidance_end", "null"},
+    {"guidance_per_step", "null"},
+    {nullptr, nullptr}};
 inline constexpr Pair kFlags[] = {
     {"prompt", "PROMPT"},
     {"negative_prompt", "--negative"},

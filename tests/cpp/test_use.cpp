@@ -1,0 +1,178 @@
+// Pipelines in use: threads, interruption, memory, callbacks, the two halves. Needs CASCADE_RT_BUNDLE and ONNX Runtime.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <fstream>
+#include <thread>
+
+#include "cascade_rt/cascade_rt.hpp"
+
+using namespace cascade_rt;
+
+namespace {
+
+std::shared_ptr<const Bundle> bundle() {
+  const char* place = std::getenv("CASCADE_RT_BUNDLE");
+  return Bundle::open(place != nullptr ? place : std::string(CASCADE_TESTS) + "/../../engines/tiny/cascade_tiny/bundle");
+}
+
+Options one_thread() {
+  Options made;
+  made.provider = "cpu";
+  made.threads = 1;
+  return made;
+}
+
+Request request(std::vector<std::uint64_t> seeds, std::int64_t steps = 3) {
+  Request made;
+  made.prompt = std::string("a red circle");
+  made.seeds = std::move(seeds);
+  made.height = made.width = 128;
+  made.prior.num_inference_steps = steps;
+  made.decoder.num_inference_steps = 2;
+  return made;
+}
+
+double resident_mib() {
+  std::ifstream file("/proc/self/statm");
+  double pages = 0, resident = 0;
+  file >> pages >> resident;
+  return resident * 4096 / 1048576;
+}
+
+}  // namespace
+
+TEST(Use, APictureIsTheSameTwiceAndInABatch) {
+  Pipeline pipeline(bundle(), one_thread());
+  const auto alone = pipeline.generate(request({5})).images.at(0).rgb;
+  EXPECT_EQ(pipeline.generate(request({5})).images.at(0).rgb, alone);
+  const auto several = pipeline.generate(request({4, 5})).images;
+  ASSERT_EQ(several.size(), 2U);
+  std::size_t far = 0;
+  for (std::size_t i = 0; i < alone.size(); ++i) far += std::abs(int{several[1].rgb[i]} - int{alone[i]}) > 1 ? 1U : 0U;
+  EXPECT_EQ(far, 0U);
+  EXPECT_NE(several[0].rgb, several[1].rgb);
+}
+
+TEST(Use, ThePartsGiveTheWhole) {
+  Pipeline pipeline(bundle(), one_thread());
+  const auto whole = pipeline.generate(request({9}));
+  const auto prior = pipeline.prior(request({9}));
+  EXPECT_EQ(prior.image_embeddings.shape, (std::vector<std::int64_t>{1, 16, 3, 3}));
+  Tensors given;
+  given.image_embeddings = prior.image_embeddings;
+  const auto decoded = pipeline.decode(request({9}), given);
+  EXPECT_EQ(decoded.images.at(0).width, whole.images.at(0).width);
+  Request latent = request({9});
+  latent.output_type = "latent";
+  const auto latents = pipeline.generate(latent);
+  ASSERT_TRUE(latents.array.has_value());
+  EXPECT_EQ(latents.array->shape, (std::vector<std::int64_t>{1, 4, 32, 32}));
+  const auto pixels = pipeline.run_engine("stage_a.decode", {{"latents", *latents.array}});
+  EXPECT_EQ(pixels.at("pixels").shape, (std::vector<std::int64_t>{1, 3, 128, 128}));
+  Tensor wrong{{1, 4, 32, 31}, std::vector<float>(4 * 32 * 32)};
+  EXPECT_THROW(pipeline.run_engine("stage_a.decode", {{"latents", wrong}}), EngineError);
+  EXPECT_THROW(pipeline.run_engine("stage_a.decode", {}), EngineError);
+}
+
+TEST(Use, LowMemoryMakesTheSamePicture) {
+  Pipeline usual(bundle(), one_thread());
+  Options options = one_thread();
+  options.low_memory = true;
+  Pipeline small(bundle(), options);
+  EXPECT_EQ(usual.generate(request({1, 2})).images.at(1).rgb, small.generate(request({1, 2})).images.at(1).rgb);
+}
+
+TEST(Use, CallbacksSeeEveryStepAndMayChangeLatents) {
+  Pipeline pipeline(bundle(), one_thread());
+  const auto usual = pipeline.generate(request({1})).images.at(0).rgb;
+  int steps = 0;
+  const auto changed = pipeline.generate(request({1}), [&](const Step& step) -> std::optional<Tensor> {
+    ++steps;
+    EXPECT_EQ(step.x0().shape, step.latents.shape);
+    if (std::string(step.stage) != "stage_c" || step.index != 0) return std::nullopt;
+    Tensor other = step.latents;
+    for (float& one : other.data) one = -one;
+    return other;
+  });
+  EXPECT_EQ(steps, 5);
+  EXPECT_NE(changed.images.at(0).rgb, usual);
+  EXPECT_THROW(pipeline.generate(request({1}), [](const Step&) { return Tensor{{1}, {0}}; }), RequestError);
+  EXPECT_THROW(pipeline.generate(request({1}), [&](const Step&) -> std::optional<Tensor> {
+                 pipeline.generate(request({1}));
+                 return std::nullopt;
+               }),
+               RequestError);
+  EXPECT_EQ(pipeline.generate(request({1})).images.at(0).rgb, usual);
+}
+
+TEST(Use, AnInterruptStopsBetweenSteps) {
+  Pipeline pipeline(bundle(), one_thread());
+  int steps = 0;
+  EXPECT_THROW(pipeline.generate(request({1}, 50), [&](const Step&) -> std::optional<Tensor> {
+                 if (++steps == 2) pipeline.interrupt();
+                 return std::nullopt;
+               }),
+               GenerationInterrupted);
+  EXPECT_EQ(steps, 2);
+  EXPECT_EQ(pipeline.generate(request({1})).images.size(), 1U);
+  pipeline.close();
+  pipeline.close();
+  EXPECT_THROW(pipeline.generate(request({1})), EngineError);
+}
+
+TEST(Use, EightThreadsWithAPipelineEach) {
+  const auto shared = bundle();
+  const auto wanted = Pipeline(shared, one_thread()).generate(request({7})).images.at(0).rgb;
+  std::atomic<int> same{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&] {
+      Pipeline own(shared, one_thread());
+      if (own.generate(request({7})).images.at(0).rgb == wanted) ++same;
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(same, 8);
+}
+
+TEST(Use, OnePipelineFromSeveralThreads) {
+  Pipeline pipeline(bundle(), one_thread());
+  const auto wanted = pipeline.generate(request({7})).images.at(0).rgb;
+  std::atomic<int> same{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&] {
+      if (pipeline.generate(request({7})).images.at(0).rgb == wanted) ++same;
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(same, 4);
+}
+
+TEST(Use, MemoryDoesNotGrow) {
+  const char* given = std::getenv("CASCADE_TEST_PICTURES");
+  const int pictures = given == nullptr ? 40 : std::atoi(given);
+  Pipeline pipeline(bundle(), one_thread());
+  Request own = request({1}, 2);
+  own.height = own.width = 64;
+  for (int i = 0; i < 10; ++i) pipeline.generate(own);
+  const double before = resident_mib();
+  for (int i = 0; i < pictures; ++i) pipeline.generate(own);
+  std::printf("resident: %.1f MiB, after %d pictures %.1f MiB\n", before, pictures, resident_mib());
+  EXPECT_LT(resident_mib() - before, 2.0);
+}
+
+TEST(Use, LongPromptsAreToldOf) {
+  Pipeline pipeline(bundle(), one_thread());
+  std::string told;
+  pipeline.on_warning([&](const std::string& text) { told = text; });
+  Request own = request({1}, 1);
+  std::string longer;
+  for (int i = 0; i < 30; ++i) longer += "red ";
+  own.prompt = longer + "circle";
+  pipeline.generate(own);
+  EXPECT_NE(told.find("this part of the prompt was cut off: 'red red"), std::string::npos) << told;
+  EXPECT_NE(told.find("circle'"), std::string::npos) << told;
+}

@@ -1,0 +1,489 @@
+"""Write ``vectors.json``: cases that the Python package and the C++ library are both tested against.
+
+    python tests/cpp/vectors.py
+
+Arrays are stored as the SHA-256 of their bytes, little-endian, with their first numbers for people.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from cascade_rt.bundle import default_bundle_path
+from cascade_rt.errors import CascadeError, shown
+from cascade_rt.image import resize_bilinear
+from cascade_rt.manifest import MANIFEST, Manifest, TokenizerRecord
+from cascade_rt.noise import PictureNoise
+from cascade_rt.plan import plan
+from cascade_rt.request import Request
+from cascade_rt.sampling import PREDICTION_TYPES, SAMPLERS, guide, make_schedule, timestep_embedding
+from cascade_rt.text import PromptTokenizer
+
+HERE = Path(__file__).parent
+VECTORS = HERE / "vectors.json"
+CLIP = HERE / "clip_tokenizer.json"
+CLIP_RECORD = TokenizerRecord(file=CLIP.name, max_length=77, pad_id=1)
+CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def told(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """An array's hash, size and first numbers."""
+    flat = np.ascontiguousarray(array)
+    first = [float(x) for x in flat.reshape(-1)[:3]]
+    return {"sha256": hashlib.sha256(flat.tobytes()).hexdigest(), "count": flat.size, "first": first}
+
+
+def noise_cases() -> Iterator[dict[str, Any]]:
+    """Every kind, with sizes around torch's blocks of 16 and the threads of a GPU, several calls in turn."""
+    shapes = [
+        [[1, 3]],
+        [[1, 15], [1, 4]],
+        [[1, 16]],
+        [[1, 17]],
+        [[1, 31], [1, 16, 6, 6]],
+        [[2, 16, 8, 8], [2, 16, 8, 8]],
+    ]
+    shapes += [[[3, 4, 64, 48]], [[1, 4, 256, 256]], [[1, 1_100_003]]]
+    for kind in ("torch-cpu", "torch-cuda", "notebook"):
+        for index, several in enumerate(shapes):
+            pictures = several[0][0]
+            seeds = [index, 2**64 - 1, 2**32 + 5][:pictures] if index % 2 else [2**63 + index]
+            if len(seeds) not in (1, pictures):
+                continue
+            source = PictureNoise(kind, seeds, pictures)
+            parts = [source.initial(tuple(several[0])), *(source.normal(tuple(shape)) for shape in several[1:])]
+            yield {"kind": kind, "seeds": seeds, "shapes": several, "made": [told(part) for part in parts]}
+
+
+def schedule_cases() -> Iterator[dict[str, Any]]:
+    """Every sampler and prediction type."""
+    for sampler in SAMPLERS:
+        for prediction_type in PREDICTION_TYPES:
+            for steps in (1, 2, 3, 10, 20, 29, 60, 1000):
+                for shift, scaler, start in ((1.0, 1.0, 1.0), (2.0, 0.7, 1.0), (0.5, 1.8, 0.35)):
+                    made = make_schedule(sampler, steps, prediction_type, shift=shift, scaler=scaler, start=start)
+                    tables = [made.ratios, made.x0.astype(np.float32), made.update.astype(np.float32)]
+                    yield {
+                        "sampler": sampler,
+                        "steps": steps,
+                        "prediction_type": prediction_type,
+                        "shift": shift,
+                        "scaler": scaler,
+                        "start": start,
+                        "returns_x0": made.returns_x0,
+                        "made": told(np.concatenate([np.asarray(table, np.float32).reshape(-1) for table in tables])),
+                        "embedding": told(timestep_embedding(made.ratios, 64)),
+                    }
+
+
+def array_cases() -> dict[str, Any]:
+    """Resizes and guidance, of arrays that are drawn from a seed."""
+
+    def drawn(seed: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        return PictureNoise("torch-cpu", [seed], shape[0]).normal(shape)
+
+    resizes = [
+        {"seed": i, "shape": shape, "size": size, "made": told(resize_bilinear(drawn(i, tuple(shape)), *size))}
+        for i, (shape, size) in enumerate(
+            (([1, 16, 6, 6], [32, 32]), ([2, 16, 5, 9], [20, 48]), ([1, 4, 1, 7], [1, 3]), ([1, 2, 24, 24], [128, 128]))
+        )
+    ]
+    guides = [
+        {
+            "seed": seed,
+            "shape": [2, 16, 7, 5],
+            "scale": scale,
+            "rescale": rescale,
+            "made": told(
+                guide(
+                    drawn(seed, (2, 16, 7, 5)), drawn(seed + 1, (2, 16, 7, 5)), np.float32([scale, scale + 1]), rescale
+                )
+            ),
+        }
+        for seed, scale, rescale in ((1, 1.5, 0.7), (2, 4.0, 0.0), (3, 7.3, 1.0))
+    ]
+    return {"resizes": resizes, "guides": guides}
+
+
+WORDS = [
+    "a",
+    "large",
+    "red",
+    "circle",
+    "at",
+    "the",
+    "left",
+    "of",
+    "blue",
+    "background",
+    "Star",
+    "GREEN",
+    "square,",
+    "small!",
+    "on",
+    "top?",
+    "don't",
+    "they're",
+    "we've",
+    "I'm",
+    "he'll",
+    "it'd",
+    "'s",
+    "café",
+    "naïve",
+    "Ångström",
+    "ﬁne",
+    "ﬀ",
+    "２３",
+    "½",
+    "Ⅷ",
+    "①",
+    "Ⓐ",
+    "İstanbul",
+    "ΣΑΣ",
+    "ß",
+    "日本語",
+    "한국어",
+    "각",
+    "العربية",
+    "हिन्दी",
+    "ไทย",
+    "emoji",
+    "😀👩\u200d👩\u200d👧",
+    "é",
+    "ọ̈",
+    "Å",
+    "한",
+    "tab\t",
+    "new\nline",
+    "nbsp\xa0x",
+    "ideographic\u3000y",
+    "zero\u200bwidth",
+    "soft\xadhyphen",
+    "snake_case",
+    "kebab-case",
+    "1,000.5",
+    "$%^&*",
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "[mask]",
+    "...",
+    "—dash",
+    "‘quoted’",
+    "“text”",
+    "ͅ",
+    "ำ",
+    "̈́",
+    "Ω",
+    "Å",
+    "ﬃ",
+    "ﷺ",
+    "각",
+    "\x01",
+    "\x7f",
+    "\ufeff",
+    "\u2028",
+    "𝐀",
+    "𠀀",
+    "Ǆ",
+]
+
+
+def prompts() -> list[str]:
+    """Strings of words, of letters of all kinds, and of what tokenizers treat specially."""
+    dice = random.Random(7)
+    made = ["", " ", "  a  ", "a" * 300, "é" * 90, "the " * 40, "<|endoftext|><|startoftext|>a", "'s't're've'm'll'd"]
+    made += [" ".join(dice.choice(WORDS) for _ in range(dice.randint(1, 12))) for _ in range(500)]
+    made += ["".join(dice.choice(WORDS) for _ in range(dice.randint(1, 5))) for _ in range(200)]
+    ranges = [(0x20, 0x17F), (0x300, 0x36F), (0x370, 0x5FF), (0x900, 0xDFF), (0x1100, 0x11FF), (0x1E00, 0x22FF)]
+    ranges += [
+        (0x2460, 0x24FF),
+        (0x3040, 0x30FF),
+        (0xAC00, 0xADFF),
+        (0xF900, 0xFB1D),
+        (0xFF00, 0xFFEF),
+        (0x1F100, 0x1F6FF),
+    ]
+    for _ in range(500):
+        low, high = dice.choice(ranges)
+        made.append("".join(chr(dice.randint(low, high)) for _ in range(dice.randint(1, 10))))
+    return made
+
+
+def clip_tokenizer() -> str:
+    """A tokenizer of CLIP's kind with a small vocabulary."""
+    tokenizer = Tokenizer(
+        models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix="")
+    )
+    steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([word for word in WORDS for _ in range(3)], trainer)
+    document = json.loads(tokenizer.to_str())
+    # every byte also at the end of a word, as in CLIP's vocabulary
+    vocab = document["model"]["vocab"]
+    for letter in alphabet:
+        vocab.setdefault(f"{letter}</w>", len(vocab))
+    tokenizer = Tokenizer.from_str(json.dumps(document))
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(word, normalized=normal, special=True)
+            for word, normal in zip(("<|startoftext|>", "<|endoftext|>"), (True, False), strict=True)
+        ]
+    )
+    tokenizer.post_processor = processors.RobertaProcessing(("<|endoftext|>", 1), ("<|startoftext|>", 0), False, False)
+    return tokenizer.to_str(pretty=False)
+
+
+def token_cases() -> dict[str, Any]:
+    """Token ids of both kinds of tokenizer, without padding."""
+    import warnings
+
+    bundle = default_bundle_path()
+    record = Manifest.from_json((bundle / MANIFEST).read_bytes(), "tiny").tokenizer
+    assert record is not None
+    texts = prompts()
+    ids = {}
+    for name, made in (
+        ("tiny", PromptTokenizer(bundle / record.file, record)),
+        ("clip", PromptTokenizer(CLIP, CLIP_RECORD)),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            numbers, mask = made(texts)
+        ids[name] = [[int(x) for x in row[: int(kept.sum())]] for row, kept in zip(numbers, mask, strict=True)]
+    return {"texts": texts, "ids": ids}
+
+
+def refusal(error: CascadeError) -> dict[str, Any]:
+    """What both sides must say of an error."""
+    return {
+        "kind": type(error).__name__,
+        "message": str(error),
+        "field": error.field or "",
+        "accepted": error.accepted or "",
+    }
+
+
+REQUESTS: list[dict[str, Any] | Any] = [
+    {"prompt": "a"},
+    {"prompt": ["a", "b"], "seeds": [1, 2]},
+    {"prompt": "a", "seeds": [1, 2, 3], "height": 200, "width": 333},
+    {"prompt": "a", "sampler": "diffusers", "height": 128, "width": 256, "seeds": [18446744073709551615]},
+    {"prompt": "a", "prior": {"num_inference_steps": 5, "guidance_scale": 4, "guidance_end": 0.5}, "seeds": [0]},
+    {"prompt": "a", "prior": {"guidance_per_step": [1.0, 5.0]}, "decoder": {"guidance_scale": 2.5}, "seeds": [0]},
+    {"prompt": ["a", "b"], "num_images_per_prompt": 2, "seeds": [1, 2, 3, 4], "prior": {"guidance_scale": [1.0, 3.0]}},
+    {"prompt": 'Zürich "quoted" \n 日本', "negative_prompt": "b", "seeds": [5], "output_type": "np"},
+    {"prompt": "a", "preset": "fast", "seeds": [1]},
+    {"prompt": "a", "preset": "balanced", "seeds": [1]},
+    *({"prompt": "a", "seeds": [1], "height": h, "width": w} for h in (64, 65, 100, 1000) for w in (96, 257)),
+    {},
+    [],
+    "text",
+    {"prompt": 7},
+    {"prompt": []},
+    {"prompt": ["a", None]},
+    {"prompt": {"a": 1}},
+    {"prompt": "a", "promt": 1},
+    {"prompt": "a" * 100_001},
+    {"prompt": "a", "height": 63},
+    {"prompt": "a", "height": 4097},
+    {"prompt": "a", "height": 128.5},
+    {"prompt": "a", "height": "128"},
+    {"prompt": "a", "height": True},
+    {"prompt": "a", "width": -5},
+    {"prompt": "a", "height": 4096, "width": 4096, "seeds": [1]},
+    {"prompt": "a", "seeds": []},
+    {"prompt": "a", "seeds": [-1]},
+    {"prompt": "a", "seeds": [1.5]},
+    {"prompt": "a", "seeds": "x\x1b[31m"},
+    {"prompt": "a", "seeds": [1, 2], "num_images_per_prompt": 3},
+    {"prompt": ["a", "b"], "seeds": [1, 2, 3]},
+    {"prompt": "a", "num_images_per_prompt": 0},
+    {"prompt": "a", "num_images_per_prompt": 1025},
+    {"prompt": "a", "num_images_per_prompt": 40, "seeds": [1]},
+    {"prompt": "a", "noise": "gauss"},
+    {"prompt": "a", "noise": None},
+    {"prompt": "a", "sampler": "ddim"},
+    {"prompt": "a", "sampler": "lcm"},
+    {"prompt": "a", "preset": "best"},
+    {"prompt": "a", "prior": None},
+    {"prompt": "a", "prior": {"steps": 3}},
+    {"prompt": "a", "prior": {"num_inference_steps": 0}},
+    {"prompt": "a", "prior": {"num_inference_steps": 1001}},
+    {"prompt": "a", "prior": {"guidance_scale": "3"}},
+    {"prompt": "a", "prior": {"guidance_scale": 1001}},
+    {"prompt": "a", "prior": {"guidance_scale": []}},
+    {"prompt": "a", "prior": {"guidance_scale": [1, 2, 3]}},
+    {"prompt": "a", "prior": {"guidance_scale": 2, "guidance_per_step": [1.0, 2.0]}},
+    {"prompt": "a", "prior": {"guidance_per_step": [1.0, 2.0, 3.0]}},
+    {"prompt": "a", "prior": {"guidance_start": 0.8, "guidance_end": 0.25}},
+    {"prompt": "a", "decoder": {"guidance_end": 1.5}},
+    {"prompt": "a", "decoder": {"guidance_start": None}},
+    {"prompt": "a", "output_type": "tensor"},
+    {"prompt": "a", "negative_prompt": ["b", "c"]},
+    {"prompt": "a", "strength": 0.5},
+    {"prompt": "a", "strength": 2},
+    {"prompt": "a", "init_image": ""},
+    {"prompt": "a", "images": "x.png"},
+    {"prompt": "a", "images": [{"weight": 1}]},
+    {"prompt": "a", "images": [{"image": "x.png", "weight": 11}]},
+    {"prompt": "a", "mask_image": 3},
+]
+
+
+def request_cases() -> Iterator[dict[str, Any]]:
+    """Requests, and what the shipped bundle makes of them; refusals of both."""
+    manifest = Manifest.from_json((default_bundle_path() / MANIFEST).read_bytes(), "tiny")
+    for values in REQUESTS:
+        case: dict[str, Any] = {"request": values}
+        try:
+            request = Request.from_dict(values)
+            case["json"] = request.to_json()
+            made = plan(request, manifest)
+        except CascadeError as error:
+            yield {**case, "error": refusal(error)}
+            continue
+        loops = [loop for loop in (made.prior, made.decoder) if loop is not None]
+        full = json.loads(made.request.to_json())
+        if request.seeds is None:
+            del full["seeds"]
+        yield {
+            **case,
+            "plan": {
+                "pictures": made.pictures,
+                "sizes": [*made.sizes.prior, *made.sizes.decoder, *made.sizes.picture],
+                "engines": list(made.engines),
+                "memory": made.memory,
+                "request": full,
+                "scales": [told(np.asarray(loop.scales, np.float64)) for loop in loops],
+            },
+        }
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    1e30,
+    0.5,
+    "",
+    "x\x1b",
+    "../a",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    "height/0",
+    "batch*height",
+]
+
+
+def damaged_manifests() -> Iterator[dict[str, Any]]:
+    """The shipped manifest with one value changed or taken away."""
+    document = json.loads((default_bundle_path() / MANIFEST).read_text())
+    document["engines"] = document["engines"][:2]  # of every kind of value one is enough
+    document["models"] = {name: document["models"][name] for name in ("stage_c", "text_encoder")}
+    dice = random.Random(11)
+    paths: list[tuple[Any, ...]] = []
+
+    def walk(value: Any, path: tuple[Any, ...]) -> None:
+        paths.append(path)
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, below in entries:
+            if "config" not in path:
+                walk(below, (*path, key))
+
+    walk(document, ())
+    yield {"path": [], "remove": False, "value": document}
+    for _ in range(400):
+        path = dice.choice(paths[1:])
+        remove = dice.random() < 0.2
+        value = None if remove else dice.choice(ODD)
+        case: dict[str, Any] = {"path": list(path), "remove": remove, "value": value}
+        changed = copy.deepcopy(document)
+        owner = changed
+        for key in path[:-1]:
+            owner = owner[key]
+        if remove:
+            del owner[path[-1]]
+        else:
+            owner[path[-1]] = value
+        try:
+            Manifest.from_json(json.dumps(changed), "bundle/cascade.json")
+        except CascadeError as error:
+            case["error"] = refusal(error)
+        yield case
+
+
+def shown_cases() -> list[dict[str, Any]]:
+    """How values are quoted."""
+    values = [None, True, 0, -5, 2**64 - 1, 1.0, 0.1, 1e16, 1e-5, 123456789.25, -0.0, 1e300, "a'b", 'a"b', "a'b\"c"]
+    values += ["tab\t\x1b[31m\u200b\u2028\U000e0001é日", "long " * 60, [1, "a", None], {"a": [1.5, {}]}, [], {}]
+    return [{"value": value, "shown": shown(value)} for value in values]
+
+
+def vectors() -> dict[str, Any]:
+    """Everything that the file holds."""
+    return {
+        "noise": list(noise_cases()),
+        "schedules": list(schedule_cases()),
+        **array_cases(),
+        "shown": shown_cases(),
+        "requests": list(request_cases()),
+        "manifests": list(damaged_manifests()),
+        "tokens": token_cases(),
+    }
+
+
+def text() -> str:
+    """The file's text: one case a line."""
+    parts = []
+    for key, value in vectors().items():
+        inside = (
+            "[\n" + ",\n".join(json.dumps(case, ensure_ascii=True, separators=(",", ":")) for case in value) + "\n]"
+            if isinstance(value, list)
+            else json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+        )
+        parts.append(f"{json.dumps(key)}: {inside}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def main() -> int:
+    """Write the files."""
+    if not CLIP.exists():  # training breaks ties in no fixed order
+        CLIP.write_text(clip_tokenizer() + "\n", encoding="utf-8")
+    VECTORS.write_text(text(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
