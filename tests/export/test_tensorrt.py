@@ -186,7 +186,7 @@ def test_sm_is_sorted_and_has_a_default() -> None:
 
 
 def test_sm_without_its_target() -> None:
-    with pytest.raises(RequestError, match=r"--sm 89 goes with --target tensorrt-rtx"):
+    with pytest.raises(RequestError, match=r"--sm '89' goes with --target tensorrt-rtx"):
         resolve_targets(["onnx"], "89")
 
 
@@ -218,7 +218,7 @@ def test_refusals_on_the_command_line_leave_nothing(tmp_path: Path, capsys: pyte
         ([*rtx, "--sm", "75", "--precision", "bf16"], "--sm 75 cannot be built in bf16"),
         ([*rtx, "--sm", "91"], "--sm '91' is not accepted"),
         ([*rtx, "--shapes", "huge"], "--shapes 'huge' is not accepted"),
-        (["--sm", "89"], "--sm 89 goes with --target tensorrt-rtx"),
+        (["--sm", "89"], "--sm '89' goes with --target tensorrt-rtx"),
     ):
         assert main([*command, *extra]) == 2, extra
         error = capsys.readouterr().err
@@ -242,7 +242,7 @@ def test_tensorrt_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     command = ["--stage", "a", "--checkpoint", "random:0", "--size", "tiny", "--target", "tensorrt"]
     assert main([*command, "--out", str(tmp_path / "bundle")]) == 1
     error = capsys.readouterr().err
-    assert "--target tensorrt builds on the GPU that will run the plan: there is no NVIDIA GPU here" in error
+    assert "--target tensorrt builds on the GPU that will run the engine file: there is no NVIDIA GPU here" in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
