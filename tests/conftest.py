@@ -18,6 +18,33 @@ from cascade_rt.bundle import Bundle, default_bundle_path, find_bundle
 from cascade_rt.loader import EngineLoader
 from cascade_rt.manifest import MANIFEST
 
+SLOW_FILES = (
+    "bench/test_*.py",
+    "cpp/test_*.py",
+    "export/test_export.py",
+    "export/test_lora.py",
+    "export/test_precision.py",
+    "export/test_staging.py",
+    "export/test_tensorrt.py",
+    "export/test_trace.py",
+    "export/test_verify.py",
+    "gpu/test_*.py",
+    "parity/test_controlnet.py",
+    "parity/test_engines.py",
+    "parity/test_loops.py",
+    "parity/test_models.py",
+    "serve/test_batcher.py",
+    "serve/test_http.py",
+    "serve/test_page.py",
+    "serve/test_ray.py",
+    "serve/test_serve_cli.py",
+    "serve/test_triton.py",
+    "tiny/test_meaning.py",
+    "tiny/test_train.py",
+)
+"""Files most of whose tests take longer than 2 s: they export, train, start processes, or build. They are marked
+``slow`` as a whole, because their tests share what they set up; a single slow test elsewhere has the mark itself."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
@@ -42,6 +69,13 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """All but the runtime's tests need torch; the runtime's tests must pass without it."""
     needs_torch = collection_path.name in ("parity", "export", "tiny", "bench")
     return True if needs_torch and importlib.util.find_spec("torch") is None else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `SLOW_FILES`, which `make check` leaves out."""
+    for item in items:
+        if any(item.path.match(pattern) for pattern in SLOW_FILES):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(wrapper=True)
