@@ -66,7 +66,8 @@ def test_denoiser_engines(cascade: Cascade, stage: str, batch: int) -> None:
     ratios = np.array([0.9936, 0.5], dtype=np.float32)
     feeds = dict(conditions)
     if "effnet" in feeds:
-        feeds["effnet"] = resize_bilinear(feeds["effnet"], *(s // c.patch_size for s in latents.shape[2:]))
+        resized = resize_bilinear(feeds["effnet"], *(s // c.patch_size for s in latents.shape[2:]))
+        feeds["effnet"] = np.ascontiguousarray(resized)
     feeds["timestep_embedding"] = timestep_embedding(ratios, c.timestep_ratio_embedding_dim)
     with (
         opened(cascade, f"{stage}.context") as context,
