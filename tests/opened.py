@@ -42,9 +42,9 @@ def conditions(bundle: Bundle, seed: int, batch: int = 1) -> Arrays:
     }
 
 
-def context(bundle: Bundle, provider: str, seed: int, batch: int = 1) -> dict[str, Any]:
+def context(bundle: Bundle, provider: str, seed: int, batch: int = 1, threads: int | None = 1) -> dict[str, Any]:
     """What ``stage_c.context`` makes of them."""
-    with open_of(bundle, "stage_c.context", provider) as engine:
+    with open_of(bundle, "stage_c.context", provider, threads) as engine:
         return dict(engine.bind({})(conditions(bundle, seed, batch)))
 
 

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from cascade_rt import CascadePipeline
-from cascade_rt.backends import open_engine, resolve_provider
+from cascade_rt.backends import resolve_provider
 from cascade_rt.backends.ort import OrtEngine
+from cascade_rt.backends.ort_cuda import CudaCalls
 from cascade_rt.bundle import Bundle
 from cascade_rt.errors import EngineError
+from cascade_rt.stages import PRECISIONS
+from opened import context, latents, open_of
 
 pytestmark = pytest.mark.gpu
 FEW = {"prior_num_inference_steps": 4, "num_inference_steps": 4, "output_type": "np"}
@@ -34,10 +37,13 @@ def bundle(request: pytest.FixtureRequest, provider: str, tmp_path_factory: pyte
     pytest.importorskip("torch", reason="torch is not installed, and the graphs are exported here")
     from cascade_export.checkpoints import open_checkpoint
     from cascade_export.exporter import export
-    from cascade_export.request import ExportRequest
+    from cascade_export.job import ExportRequest
 
     folder: Path = tmp_path_factory.mktemp("ort") / "bundle"
-    return export(open_checkpoint("random:0", "tiny"), ExportRequest(("c", "b", "a", "text"), request.param, folder))
+    wanted = ExportRequest(
+        stages=("c", "b", "a", "text"), precision=PRECISIONS[request.param], out=folder, verify=False, quiet=True
+    )
+    return export(open_checkpoint("random:0", "tiny"), wanted)
 
 
 @pytest.fixture(autouse=True)
@@ -48,40 +54,19 @@ def _said(provider: str) -> Iterator[None]:
         yield
 
 
-def context(bundle: Bundle, provider: str, seed: int) -> dict[str, Any]:
-    config = bundle.manifest.models["stage_c"].config
-    rng = np.random.default_rng(seed)
-    with open_engine(bundle, "stage_c.context", provider) as engine:
-        return engine.bind({})(
-            {
-                "timestep_embedding": rng.standard_normal((3, config["timestep_ratio_embedding_dim"]), np.float32),
-                "clip_text_pooled": rng.standard_normal((2, 1, config["clip_text_pooled_in_channels"]), np.float32),
-                "clip_text": rng.standard_normal((2, 24, config["clip_text_in_channels"]), np.float32),
-                "clip_img": np.zeros((2, 1, config["clip_image_in_channels"]), np.float32),
-            }
-        )
-
-
-def latents(seed: int, side: int = 6) -> dict[str, np.ndarray[Any, Any]]:
-    return {
-        "latents": np.random.default_rng(seed).standard_normal((2, 16, side, side), np.float32),
-        "step": np.array([1]),
-    }
-
-
 def predict(bundle: Bundle, provider: str, calls: list[tuple[int, int, int]]) -> list[np.ndarray[Any, Any]]:
     """Predictions for (prompt, noise, side), through one engine."""
-    contexts = {prompt: context(bundle, provider, prompt) for prompt, _, _ in calls}
+    contexts = {prompt: context(bundle, provider, prompt, batch=2) for prompt, _, _ in calls}
     made = []
-    with open_engine(bundle, "stage_c.step", provider) as engine:
+    with open_of(bundle, "stage_c.step", provider, threads=None) as engine:
         bound = {prompt: engine.bind(values) for prompt, values in contexts.items()}
         for prompt, noise, side in calls:
-            made.append(np.asarray(bound[prompt](latents(noise, side))["prediction"], np.float64))
+            made.append(np.asarray(bound[prompt](latents(noise, batch=2, side=side))["prediction"], np.float64))
     return made
 
 
 def assert_close(bundle: Bundle, made: list[np.ndarray[Any, Any]], calls: list[tuple[int, int, int]]) -> None:
-    tolerance = 1e-4 if bundle.engine("stage_c.step", "onnx").precision == "fp32" else 1e-2
+    tolerance = 1e-4 if bundle.engine("stage_c.step").precision.name == "fp32" else 1e-2
     for value, reference in zip(made, predict(bundle, "cpu", calls), strict=True):
         assert np.linalg.norm(value - reference) <= tolerance * np.linalg.norm(reference)
 
@@ -104,16 +89,19 @@ def test_other_shapes_do_not_replay_a_stale_graph(bundle: Bundle, provider: str)
 
 
 def test_a_replay_is_what_kernel_by_kernel_gives(bundle: Bundle, provider: str) -> None:
-    values = context(bundle, provider, 1)
-    with open_engine(bundle, "stage_c.step", provider) as engine:
+    values = context(bundle, provider, 1, batch=2)
+    with open_of(bundle, "stage_c.step", provider, threads=None) as engine:
         assert isinstance(engine, OrtEngine)
-        assert engine.recorder is not None
+        assert isinstance(engine.calls, CudaCalls)
+        assert engine.calls.recorder is not None
         bound = engine.bind(values)
-        bound(latents(1))
-        replayed = np.asarray(bound(latents(2))["prediction"])
+        bound(latents(1, batch=2, side=6))
+        replayed = np.asarray(bound(latents(2, batch=2, side=6))["prediction"])
         with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
-            engine.stop_recording("the test asks for it")
-        np.testing.assert_allclose(np.asarray(bound(latents(2))["prediction"]), replayed, rtol=1e-3, atol=1e-4)
+            engine.calls.stop_recording("the test asks for it")
+        np.testing.assert_allclose(
+            np.asarray(bound(latents(2, batch=2, side=6))["prediction"]), replayed, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_picture_is_the_same_every_time_and_close_to_the_cpus(bundle: Bundle, provider: str) -> None:
@@ -124,3 +112,18 @@ def test_a_picture_is_the_same_every_time_and_close_to_the_cpus(bundle: Bundle, 
             pictures.append(np.asarray(pipe("a red circle", seed=0, **FEW).images))
     np.testing.assert_array_equal(pictures[0], pictures[1])
     assert np.abs(pictures[2] - pictures[0]).mean() < 0.02
+
+
+def test_rows_of_two_requests_share_a_call(bundle: Bundle, provider: str) -> None:
+    one, two = (context(bundle, provider, seed) for seed in (1, 2))
+    feeds = latents(3, batch=2, side=6)
+    with open_of(bundle, "stage_c.step", provider, threads=None) as engine:
+        both = {name: engine.join([one[name], two[name]]) for name in one}
+        together = np.asarray(engine.bind(both)({**feeds, "step": np.array([1, 4])})["prediction"])
+        last = {name: engine.rows(tensor, tensor.shape[0] // 2, tensor.shape[0]) for name, tensor in both.items()}
+        alone = {"latents": feeds["latents"][1:], "step": np.array([1])}
+        for context_of_two in (two, last):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # ort-tensorrt records one set of shapes
+                made = np.asarray(engine.bind(context_of_two)(alone)["prediction"])
+            assert np.linalg.norm(made - together[1:]) <= 1e-2 * np.linalg.norm(made)
