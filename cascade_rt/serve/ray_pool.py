@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import socket
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ DEPLOYMENT = "Engines"
 RETRY_SECONDS = 0.25
 DRAIN_SECONDS = 60.0
 VERSION_SECONDS = 10.0
+CONNECT_SECONDS = 10.0
 HANDLE_QUEUE = 1000
 """Orders that wait in one front for a replica, at most."""
 
@@ -215,6 +217,9 @@ def _connect(address: str) -> None:
 
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
+        host, _, port = address.rpartition(":")
+        if host and port.isdecimal() and "//" not in address:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(address=address or "local", namespace="serve", log_to_driver=False, **own)
     except Exception as error:  # Ray raises many unrelated types
         raise CascadeError(f"Ray at {shown(address or 'this machine')} does not answer: {_last_line(error)}") from error
