@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,12 +42,12 @@ class OpenVinoTensor:
 
     value: Any
 
-    @property
+    @cached_property  # asked for in every call
     def shape(self) -> tuple[int, ...]:
         """Its size."""
         return tuple(self.value.shape)
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         """Its element type; in OpenVINO's words where no engine of ours has it."""
         word = str(self.value.element_type.get_type_name())

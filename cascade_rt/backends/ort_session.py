@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import onnxruntime as ort
 
@@ -25,12 +26,12 @@ class OrtTensor:
 
     value: ort.OrtValue
 
-    @property
+    @cached_property  # asked for in every call
     def shape(self) -> tuple[int, ...]:
         """Its size."""
         return tuple(self.value.shape())
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         """Its element type; in ONNX Runtime's words where no engine of ours has it."""
         word = str(self.value.data_type()).removeprefix("tensor(").removesuffix(")")
