@@ -10,6 +10,8 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from . import __version__
 from .backends import PROVIDERS
 from .bundle import find_bundle
 from .checks import check_integer, check_pictures, given_or
-from .commands import CommandParser
+from .commands import CommandParser, as_integer, as_number, as_path, as_place
 from .errors import OutputError, RequestError, plain, shown
 from .files import name_of, said_by, write_together, written_whole
 from .image import FORMATS, encode_picture, read_request
@@ -56,35 +58,64 @@ def run_parser() -> argparse.ArgumentParser:
     parser = CommandParser("cascade-run", "Make a picture from a prompt, without torch.", RUN_EXAMPLES)
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw")
-    add("--bundle", metavar="DIR", help="engine bundle or hub id of one (default: the one that is shipped)")
+    add(
+        "--bundle",
+        type=as_place,
+        metavar="DIR",
+        help="engine bundle or hub id of one (default: the one that is shipped)",
+    )
     endings = ", ".join(FORMATS)
-    add("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE", help=f"{endings} (default: out.png)")
-    add("--from", dest="source", type=Path, metavar="PICTURE", help="make it again; other flags change the request")
-    add("--image", action="append", default=[], metavar="FILE[:WEIGHT]", help="picture to vary; repeatable")
-    add("--init", metavar="FILE", help="picture to begin from")
+    add("-o", "--output", type=as_path, default=Path("out.png"), metavar="FILE", help=f"{endings} (default: out.png)")
+    add("--from", dest="source", type=as_path, metavar="PICTURE", help="make it again; other flags change the request")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        type=as_place,
+        metavar="FILE[:WEIGHT]",
+        help="picture to vary; repeatable",
+    )
+    add("--init", type=as_place, metavar="FILE", help="picture to begin from")
     add(
         "--strength",
-        type=float,
+        type=as_number,
         metavar="X",
         help="0..1, how much of it is drawn anew (default: 0.8, or 1 with --mask)",
     )
-    add("--mask", metavar="FILE", help="white where the picture of --init is drawn anew; black is kept")
-    add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="LoRA file to apply; repeatable")
-    add("--reconstruct", metavar="FILE", help="encode a picture and decode it again, and print the PSNR")
-    add("--seed", type=int, metavar="N", help="0..2**64-1 (default: a new one); further pictures have N+1, N+2, ...")
+    add("--mask", type=as_place, metavar="FILE", help="white where the picture of --init is drawn anew; black is kept")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        type=as_place,
+        metavar="FILE[:SCALE]",
+        help="LoRA file to apply; repeatable",
+    )
+    add("--reconstruct", type=as_place, metavar="FILE", help="encode a picture and decode it again, and print the PSNR")
+    add(
+        "--seed",
+        type=as_integer,
+        metavar="N",
+        help="0..2**64-1 (default: a new one); further pictures have N+1, N+2, ...",
+    )
     add("--size", metavar="WxH", help="pixels, 64..4096 each (default: the bundle's)")
-    add("--steps", type=int, metavar="N", help="Stage C steps")
-    add("--guidance", type=float, metavar="X", help="Stage C guidance scale; up to 1 is none")
-    add("--decoder-steps", type=int, metavar="N", help="Stage B steps")
-    add("--decoder-guidance", type=float, metavar="X", help="Stage B guidance scale; up to 1 is none")
+    add("--steps", type=as_integer, metavar="N", help="Stage C steps")
+    add("--guidance", type=as_number, metavar="X", help="Stage C guidance scale; up to 1 is none")
+    add("--decoder-steps", type=as_integer, metavar="N", help="Stage B steps")
+    add("--decoder-guidance", type=as_number, metavar="X", help="Stage B guidance scale; up to 1 is none")
     add("--negative", metavar="TEXT", help="what to draw away from")
-    add("--images", type=int, metavar="N", help="how many pictures; -1, -2, ... is added to the name (default: 1)")
+    add(
+        "--images",
+        type=as_integer,
+        metavar="N",
+        help="how many pictures; -1, -2, ... is added to the name (default: 1)",
+    )
     add("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the bundle's)")
     add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}: quality against time (default: the bundle's)")
     add("--provider", default="auto", metavar="NAME", help=f"auto, {', '.join(PROVIDERS)} (default: auto)")
-    add("--threads", type=int, metavar="N", help="threads within an operator (default: the provider's choice)")
+    add("--threads", type=as_integer, metavar="N", help="threads within an operator (default: the provider's choice)")
     add("--low-memory", action="store_true", help="keep one engine loaded at a time")
-    add("--preview", type=Path, metavar="DIR", help="write a small picture of every step into a folder")
+    add("--preview", type=as_path, metavar="DIR", help="write a small picture of every step into a folder")
     add("--json", action="store_true", help="print what ran, with the time of each stage, as JSON")
     add("--quiet", action="store_true", help="no progress bar")
     add("--version", action="version", version=f"cascade-rt {__version__}")
@@ -94,7 +125,9 @@ def run_parser() -> argparse.ArgumentParser:
 def info_parser() -> argparse.ArgumentParser:
     """The command line of ``cascade-info``."""
     parser = CommandParser("cascade-info", "Show what is in an engine bundle.", INFO_EXAMPLES)
-    parser.add_argument("bundle", nargs="?", metavar="DIR", help="bundle (default: the one that is shipped)")
+    parser.add_argument(
+        "bundle", nargs="?", type=as_place, metavar="DIR", help="bundle (default: the one that is shipped)"
+    )
     parser.add_argument("--json", action="store_true", help="print the manifest")
     parser.add_argument("--check", action="store_true", help="read every file and compare its hash")
     parser.add_argument("--version", action="version", version=f"cascade-rt {__version__}")
@@ -103,13 +136,16 @@ def info_parser() -> argparse.ArgumentParser:
 
 def generate(args: argparse.Namespace) -> None:
     """Do what ``cascade-run`` was asked."""
-    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {plain(str(message))}", file=sys.stderr)
     request = requested(args)
     check_output(args.output)
-    if args.preview is not None:
-        check_folder(args.preview)
+    if args.reconstruct is not None:
+        open_picture("--reconstruct", args.reconstruct)
     started = time.perf_counter()
-    with CascadePipeline.from_pretrained(args.bundle, args.provider, args.low_memory, args.threads) as pipe:
+    with (
+        CascadePipeline.from_pretrained(args.bundle, args.provider, args.low_memory, args.threads) as pipe,
+        _folder_of_previews(args.preview),
+    ):
         if args.quiet:
             pipe.set_progress_bar_config(disable=True)
         planned = pipe.plan(request)
@@ -125,7 +161,7 @@ def generate(args: argparse.Namespace) -> None:
         print(json.dumps({**report, **({} if psnr is None else {"psnr": psnr}), "seconds": seconds}))
         return
     for file in files:
-        print(file)
+        print(plain(file))
     if psnr is not None:
         print(f"PSNR of the round trip: {psnr:.2f} dB")
     print("  ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
@@ -228,18 +264,29 @@ def check_output(path: Path) -> None:
         raise OutputError(f"the folder {name_of(path.parent)} cannot be written to")
 
 
-def check_folder(path: Path) -> None:
-    """Refuse a folder that previews cannot be written into; it is made where it is missing.
+@contextmanager
+def _folder_of_previews(path: Path | None) -> Iterator[None]:
+    """A folder that previews are written into; where it is made here, it is removed again if nothing came into it.
 
     Raises:
         OutputError: it cannot be made, or cannot be written to.
     """
+    if path is None:
+        yield
+        return
     try:
+        there = path.is_dir()
         path.mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         raise OutputError(f"the folder {name_of(path)} cannot be made: {said_by(error)}") from None
-    if not os.access(path, os.W_OK):
-        raise OutputError(f"the folder {name_of(path)} cannot be written to")
+    try:
+        if not os.access(path, os.W_OK):
+            raise OutputError(f"the folder {name_of(path)} cannot be written to")
+        yield
+    finally:
+        if not there:
+            with suppress(OSError):  # there are previews in it
+                path.rmdir()
 
 
 def _preview_writers(folder: Path) -> tuple[StepEnd, StepEnd]:

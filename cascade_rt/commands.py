@@ -6,11 +6,13 @@ import argparse
 import contextlib
 import errno
 import io
+import math
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -42,6 +44,33 @@ class CommandParser(argparse.ArgumentParser):
             RequestError: always.
         """
         raise RequestError(f"{shortened(plain(message), 200)}; see {self.prog} --help")
+
+
+def as_integer(text: str) -> int | str:
+    """The ``type`` of a flag that takes an integer; what is none stays text, for a check that says what is accepted."""
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,40}", text) else text
+
+
+def as_number(text: str) -> float | str:
+    """The ``type`` of a flag that takes a number; see `as_integer`."""
+    plainly = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?", text)
+    return text if plainly is None or math.isinf(number := float(text)) else number
+
+
+def as_place(text: str) -> str:
+    """The ``type`` of a flag that takes the name of a file or folder: an empty one would be the current folder.
+
+    Raises:
+        ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no name of a file or folder")
+    return text
+
+
+def as_path(text: str) -> Path:
+    """The same, as a path."""
+    return Path(as_place(text))
 
 
 def run_command(command: Callable[[], None], names: Mapping[str, str] | None = None) -> int:
@@ -101,8 +130,15 @@ def _report(error: Exception, names: Mapping[str, str]) -> int:
 def worded(error: CascadeError, names: Mapping[str, str]) -> str:
     """An error's message with the field under the name that the command line has for it."""
     message, field = str(error), error.field
-    name = names.get(field) if field else None
-    return message if name is None or field is None else re.sub(rf"^{re.escape(field)}\b", name, message)
+    if field is None:
+        return message
+    of_list, bracket, _ = field.partition("[")  # images[0] and images[1].weight are both of --image
+    name, told = (
+        (names.get(of_list), rf"{re.escape(of_list)}\[\d+\](\.\w+)?")
+        if bracket
+        else (names.get(field), rf"{re.escape(field)}\b")
+    )
+    return message if name is None else re.sub(rf"^{told}", name, message)
 
 
 def _bear_any_text() -> None:
@@ -169,5 +205,5 @@ def check_interrupt() -> None:
 
 def _fail(message: str, code: int) -> int:
     with contextlib.suppress(OSError, ValueError):  # nobody can be told where standard error is closed
-        print("error: " + plain(" ".join(message.split())), file=sys.stderr)
+        print("error: " + plain(re.sub(r"\s*[\r\n]\s*", " ", message.strip())), file=sys.stderr)
     return code

@@ -20,7 +20,8 @@ E = TypeVar("E", bound=CascadeError)
 
 def name_of(path: Path | str) -> str:
     """A path as a message may quote it."""
-    return shortened(plain(os.fspath(path)), 120)
+    text = shortened(plain(os.fspath(path)), 120)
+    return text if text == text.strip() != "" else f"'{text}'"  # blanks at an end would not be seen
 
 
 def read_bounded(path: Path, most: int, error: type[E]) -> bytes:

@@ -90,7 +90,8 @@ class CascadePipeline:
             RequestError: an unknown provider, or an option that is not accepted.
             EngineError: a provider that is not installed.
         """
-        options = EngineOptions(threads=threads, device_id=device_id, provider_options=dict(provider_options or {}))
+        settings = {} if provider_options is None else provider_options
+        options = EngineOptions(threads=threads, device_id=device_id, provider_options=settings)
         return cls(find_bundle(bundle), provider, low_memory, options)
 
     def set_progress_bar_config(self, **options: Any) -> None:

@@ -549,7 +549,8 @@ def _check_negative(request: Request, given: Tensors, prompts: int) -> None:
     count = len(request.negative_prompts)
     if count not in (1, prompts):
         raise RequestError(
-            f"there are {count} negative prompts for {prompts} prompts; give 1 or {prompts}", field="negative_prompt"
+            f"there are {count} negative prompts for {prompts} prompts; give one, or one for every prompt",
+            field="negative_prompt",
         )
 
 

@@ -64,18 +64,32 @@ def narrow(
     Raises:
         RequestError: a named size that no engine has, or sizes that an engine does not take.
     """
-    used: set[tuple[str, str]] = set()
+    check_shapes(specs, shapes)
     made = []
     for spec in specs:
         ranges = {}
         for name, limits in spec.ranges.items():
-            keys = _asked(spec, name, shapes)
-            used |= set(keys)
-            if keys:
-                ranges[name] = _own_range(spec, name, limits, shapes.axes[max(keys, key=lambda key: len(key[0]))])
-            else:
-                ranges[name] = _preset_range(spec, name, limits, shapes, facts, grids)
+            own = _own_range(spec, name, limits, shapes)
+            ranges[name] = _preset_range(spec, name, limits, shapes, facts, grids) if own is None else own
         made.append(replace(spec, ranges=ranges))
+    return made
+
+
+def check_shapes(specs: Sequence[EngineSpec], shapes: Shapes) -> None:
+    """Refuse named sizes that no engine has or takes. It needs no graphs, so that it is known before any is made.
+
+    Args:
+        specs: resolved rows of the table, of everything that is exported.
+        shapes: what was asked for.
+
+    Raises:
+        RequestError: there is one.
+    """
+    used: set[tuple[str, str]] = set()
+    for spec in specs:
+        for name, limits in spec.ranges.items():
+            used |= set(_asked(spec, name, shapes))
+            _own_range(spec, name, limits, shapes)
     if unknown := [key for key in shapes.axes if key not in used]:
         where, name = unknown[0]
         wanted = f"{where}.{name}" if where else name
@@ -87,7 +101,6 @@ def narrow(
             value=wanted,
             accepted=known,
         )
-    return made
 
 
 def narrowed_records(records: Sequence[EngineRecord], manifest: Manifest) -> list[EngineRecord]:
@@ -108,8 +121,12 @@ def _asked(spec: EngineSpec, name: str, shapes: Shapes) -> list[tuple[str, str]]
     return [key for key in shapes.axes if key[1] == name and (not key[0] or f"{spec.name}.".startswith(f"{key[0]}."))]
 
 
-def _own_range(spec: EngineSpec, name: str, limits: AxisRange, sizes: tuple[int, int, int]) -> AxisRange:
-    """The range that was asked for by name."""
+def _own_range(spec: EngineSpec, name: str, limits: AxisRange, shapes: Shapes) -> AxisRange | None:
+    """The range that was asked for by name; None: none was."""
+    keys = _asked(spec, name, shapes)
+    if not keys:
+        return None
+    sizes = shapes.axes[max(keys, key=lambda key: len(key[0]))]
     if not all(limits.accepts(size) for size in sizes) or list(sizes) != sorted(sizes):
         raise RequestError(
             f"--shapes {name}={':'.join(map(str, sizes))} does not fit {spec.name}, which takes {name} {limits}, "

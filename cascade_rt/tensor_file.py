@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,15 +69,20 @@ class TensorFile:
         """
         self.path = path
         try:
-            if not path.is_file():
-                raise CheckpointError(f"{name_of(path)} is no file; name a .safetensors file")
-            size = path.stat().st_size
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{name_of(path)} is no regular file; name a .safetensors file")
+            size = found.st_size
             with path.open("rb") as file:
                 first = file.read(8)
                 length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
                 if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
                     raise CheckpointError(f"{name_of(path)} is cut, or no safetensors file; download it again")
                 head = parse_json(file.read(length), name_of(path), CheckpointError)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"there is no file {name_of(path)}; name a .safetensors file") from None
         except (OSError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise

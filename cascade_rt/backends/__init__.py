@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 MAX_THREADS = 1024
+MAX_DEVICE = 1023
 
 
 def engine_runtime(provider: str) -> Runtime:
@@ -121,8 +122,8 @@ def check_options(provider: str, options: EngineOptions) -> None:
                 value=threads,
                 accepted="None",
             )
-    if isinstance(device_id, bool) or not isinstance(device_id, int) or device_id < 0:
-        raise refused("device_id", device_id, "an integer from 0")
+    if isinstance(device_id, bool) or not isinstance(device_id, int) or not 0 <= device_id <= MAX_DEVICE:
+        raise refused("device_id", device_id, f"an integer from 0 to {MAX_DEVICE}")
     if row.device == "cpu" and device_id:
         raise RequestError(
             f"device_id {shown(device_id)} is not accepted; provider {provider} runs on the CPU, which is device 0",
@@ -132,7 +133,7 @@ def check_options(provider: str, options: EngineOptions) -> None:
         )
     settings = options.provider_options
     if not isinstance(settings, Mapping):
-        raise refused("provider_options", settings, "a mapping of names to texts")
+        raise refused("provider_options", settings, "a mapping of names to texts, such as {'NAME': '1'}")
     for key, value in settings.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise refused("provider_options", {key: value}, "a mapping of names to texts, such as {'NAME': '1'}")

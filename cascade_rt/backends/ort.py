@@ -152,8 +152,8 @@ def open_session(record: EngineRecord, path: Path, provider: str, options: Engin
 
 @functools.cache
 def _keep_quiet() -> None:
-    """Tell ONNX Runtime, once a process, to send no telemetry and to log errors only, which are raised anyway."""
-    ort.set_default_logger_severity(3)
+    """Tell ONNX Runtime, once a process, to send no telemetry and not to log errors, which are raised."""
+    ort.set_default_logger_severity(4)
     ort.disable_telemetry_events()
 
 

@@ -146,7 +146,7 @@ def session_options(
     """
     row = TABLE[provider]
     made = ort.SessionOptions()
-    made.log_severity_level = 3  # errors; they reach the caller as exceptions too
+    made.log_severity_level = 4  # errors reach the caller as exceptions, once
     made.enable_mem_reuse = made.enable_mem_pattern = row.plans_memory
     if options.threads is not None:
         made.intra_op_num_threads = options.threads

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import cascade_rt
 from cascade_rt.bundle import Bundle
-from cascade_rt.commands import CommandParser, run_command
-from cascade_rt.errors import RequestError
+from cascade_rt.commands import CommandParser, as_path, as_place, run_command
+from cascade_rt.errors import RequestError, plain
 from cascade_rt.lora import parse_lora
 from cascade_rt.manifest import MANIFEST
 from cascade_rt.stages import PRECISIONS, SIZES, Size, StageName, stage_names
@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, help="official size (default: tiny where no checkpoint is named)")
     parser.add_argument(
         "--checkpoint",
+        type=as_place,
         metavar="PLACE",
         help="diffusers folder, original or ComfyUI .safetensors, bundle, hub id, or random:SEED "
         "(default: the size's official weights; tiny: the shipped ones)",
@@ -72,12 +73,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--lora",
         action="append",
+        type=as_place,
         default=[],
         metavar="FILE[:SCALE]",
         help="fold a LoRA into the weights, times SCALE (default: 1); repeatable; the authors', kohya's and PEFT's "
         "files are read",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with fp32 PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace stages that the bundle has already")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -114,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         precision = own or PRECISIONS["bf16" if size in ("small", "big") else "fp32"]
     # engine files are added to a bundle from what it holds already, unless another checkpoint is named
-    checkpoint = with_loras(open_checkpoint(str(out) if own else args.checkpoint, size), loras, stages, print)
+    checkpoint = with_loras(open_checkpoint(str(out) if own else args.checkpoint, size), loras, stages, _say)
     request = ExportRequest(
         stages=stages,
         precision=precision,
@@ -126,8 +128,13 @@ def run(args: argparse.Namespace) -> None:
         targets=targets,
         shapes=shapes,
     )
-    bundle = export(checkpoint, request, print)
-    print(f"bundle: {bundle.path}")
+    bundle = export(checkpoint, request, _say)
+    _say(f"bundle: {bundle.path}")
+
+
+def _say(text: str) -> None:
+    """Print lines without the control characters that names may hold."""
+    print("\n".join(map(plain, text.split("\n"))))
 
 
 def _is_bundle(out: Path) -> bool:

@@ -29,6 +29,7 @@ from cascade_rt.bundle import Bundle, file_record
 from cascade_rt.commands import check_interrupt
 from cascade_rt.errors import EngineError
 from cascade_rt.manifest import EngineRecord, FileRecord, Manifest, TokenizerRecord, Verification
+from cascade_rt.profiles import check_shapes
 from cascade_rt.sampling import make_schedule
 from cascade_rt.sizes import grids_of
 from cascade_rt.stages import PRECISIONS
@@ -84,6 +85,8 @@ def export(
         existing = read_existing(place, request.out, request.overwrite)
         plan = plan_export(checkpoint, request, existing.manifest, place, report)
         _check_files(plan, place)
+        if request.engine_files:
+            check_shapes([spec for job in plan.jobs for spec in job.specs], request.shapes)
         prompts = _prompts(plan, request, checkpoint)
         with Staging(place) as staging:
             made = [_made(job, plan, request, place, staging.folder, prompts, report) for job in plan.jobs]

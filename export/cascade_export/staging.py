@@ -128,7 +128,8 @@ def _writable(place: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, CascadeError):
             raise
-        raise OutputError(f"{name_of(place)} cannot be written: {said_by(error)}") from error
+        reason = "a part of the path is a file" if isinstance(error, FileExistsError) else said_by(error)
+        raise OutputError(f"{name_of(place)} cannot be written: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ REFUSED: list[Case] = [
         {},
         {"prompt": "x", "negative_prompt": ("a", "b")},
         "negative_prompt",
-        "there are 2 negative prompts for 1 prompts; give 1 or 1",
+        "there are 2 negative prompts for 1 prompts; give one, or one for every prompt",
     ),
     ("prior", {"image_embeds": zeros(1, 1, 63)}, {"prompt": "x"}, "image_embeds", r"it must be \(1, any, 64\)"),
     ("prior", {"image_embeds": zeros(2, 1, 64)}, {"prompt": "x"}, "image_embeds", r"it must be \(1, any, 64\)"),
