@@ -5,7 +5,8 @@
 Every server runs the shipped bundle. Capacity: as many clients as `CLOSED_CLIENTS` ask again and again. Then clients
 arrive at random times (Poisson), whether or not earlier ones were answered, at 0.5, 0.8 and 1.2 of cascade-serve's
 capacity; the plain diffusers server gets these shares of its own. Servers take turns, so that what else the machine
-does meets all of them. Three in four requests want 20 steps of Stage C, the others 10 or 30.
+does meets all of them; ``cpu_s_per_picture``, the processor time of the server alone, is the steadier figure on a
+machine that does other things. Three in four requests want 20 steps of Stage C, the others 10 or 30.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import psutil
 
 HERE = Path(__file__).parent
 SHARES = (0.5, 0.8, 1.2)
@@ -52,9 +54,11 @@ class Window:
         waits: seconds from the time at which a client arrived to its answer.
         unfinished: seconds that those waited who were not answered when the window closed.
         refused: answers that were no picture.
+        cpu: seconds of processor time that the server took.
     """
 
     seconds: float = 0.0
+    cpu: float = 0.0
     waits: list[float] = field(default_factory=list)
     unfinished: list[float] = field(default_factory=list)
     refused: int = 0
@@ -62,6 +66,7 @@ class Window:
     def add(self, other: Window) -> None:
         """Count another window to this one."""
         self.seconds += other.seconds
+        self.cpu += other.cpu
         self.waits += other.waits
         self.unfinished += other.unfinished
         self.refused += other.refused
@@ -73,6 +78,7 @@ class Window:
         return {
             "pictures_per_s": round(len(self.waits) / self.seconds, 3),
             **percentiles,
+            "cpu_s_per_picture": round(self.cpu / len(self.waits), 4) if self.waits else None,
             "answered": len(self.waits),
             "unfinished": len(self.unfinished),
             "refused": self.refused,
@@ -84,6 +90,19 @@ def body(chance: random.Random) -> dict[str, Any]:
     steps = chance.choices((10, 20, 30), (1, 6, 1))[0]
     prompt = chance.choice(PROMPTS)
     return {"prompt": prompt, "seed": chance.randrange(2**32), "num_inference_steps": steps, "output_format": "jpeg"}
+
+
+@dataclass
+class Server:
+    """A server that runs."""
+
+    url: str
+    process: psutil.Process
+
+    def cpu(self) -> float:
+        """Seconds of processor time that it took so far."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
 
 
 async def ask(http: httpx2.AsyncClient, url: str, chance: random.Random, seen: Window, since: float) -> None:
@@ -136,11 +155,17 @@ def client() -> httpx2.AsyncClient:
 
 
 @contextmanager
-def server(command: Sequence[str]) -> Iterator[str]:
-    """A server in a process of its own; its address, once it is ready."""
+def server(command: Sequence[str]) -> Iterator[Server]:
+    """A server in a process of its own, once it is ready.
+
+    Raises:
+        RuntimeError: it does not start.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, *command, str(port)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *command, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
     try:
         while True:
@@ -152,37 +177,49 @@ def server(command: Sequence[str]) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"{' '.join(command)} did not start")
             time.sleep(0.2)
-        yield url
+        yield Server(url, psutil.Process(process.pid))
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
-async def measure(urls: dict[str, str], seconds: float, rounds: int) -> list[dict[str, Any]]:
+async def measure(servers: dict[str, Server], seconds: float, rounds: int) -> list[dict[str, Any]]:
     """Rows of all servers, which take turns."""
     rows, capacity = [], {}
-    windows = {name: Window() for name in urls}
+    windows = {name: Window() for name in servers}
     for turn in range(rounds):
-        for name, url in urls.items():
-            windows[name].add(await closed(url, seconds, random.Random(turn)))
+        for name, one in servers.items():
+            windows[name].add(await watched(one, closed(one.url, seconds, random.Random(turn))))
             tell(f"capacity, {name}: {windows[name].row()}")
     for name, window in windows.items():
         capacity[name] = len(window.waits) / window.seconds
         rows.append({"what": "capacity", "server": name, "share": None, "rate_per_s": None, **window.row()})
     for share in SHARES:
-        windows = {name: Window() for name in urls}
+        windows = {name: Window() for name in servers}
         for turn in range(rounds):
-            for name, url in urls.items():
+            for name, one in servers.items():
                 rate = share * capacity[name if name == EAGER else FIRST]
-                windows[name].add(await poisson(url, rate, seconds, random.Random(100 + turn)))
+                arrivals = poisson(one.url, rate, seconds, random.Random(100 + turn))
+                windows[name].add(await watched(one, arrivals))
                 tell(f"{share} of capacity, {name}: {windows[name].row()}")
-                await settle(url)
+                await settle(one.url)
         for name, window in windows.items():
             rate = share * capacity[name if name == EAGER else FIRST]
             rows.append(
                 {"what": "poisson", "server": name, "share": share, "rate_per_s": round(rate, 3), **window.row()}
             )
     return rows
+
+
+async def watched(one: Server, window: Coroutine[Any, Any, Window]) -> Window:
+    """A window with the processor time that the server took in it."""
+    before = one.cpu()
+    seen = await window
+    seen.cpu = one.cpu() - before
+    return seen
 
 
 async def settle(url: str) -> None:
@@ -235,8 +272,8 @@ def main() -> None:
     args = parser.parse_args()
     facts = machine()
     with ExitStack() as stack:
-        urls = {name: stack.enter_context(server(SERVERS[name])) for name in args.servers}
-        rows = asyncio.run(measure(urls, args.seconds, args.rounds))
+        servers = {name: stack.enter_context(server(SERVERS[name])) for name in args.servers}
+        rows = asyncio.run(measure(servers, args.seconds, args.rounds))
     found = {"machine": {**facts, "load_after": os.getloadavg()[0]}, "seconds": args.seconds, "rows": rows}
     for row in rows:
         print(json.dumps(row))

@@ -282,11 +282,7 @@ async def _draw(
     one = state.running[call.order.id] = Running(job=job, pictures=call.order.pictures)
     request.state.facts.update(_told(call.order, state.settings.log_prompts))
     if call.stream:
-        return StreamingResponse(
-            _stream(state, call, one),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
-        )
+        return EventStream(_stream(state, call, one), job)
     work = asyncio.create_task(_collect(state, call, one))
     left = asyncio.create_task(_client_left(request))
     try:
@@ -307,6 +303,22 @@ async def _draw(
         raise
     finally:
         left.cancel()
+
+
+class EventStream(StreamingResponse):
+    """A stream of server-sent events; its job ends with it, also where the client left before the first event."""
+
+    def __init__(self, blocks: AsyncIterator[bytes], job: Job) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(blocks, headers=headers, media_type="text/event-stream")
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()
 
 
 async def _off_loop_if_large(state: State, fields: dict[str, Any], make: Callable[[], api.Call]) -> api.Call:
@@ -382,7 +394,6 @@ async def _stream(state: State, call: api.Call, one: Running) -> AsyncIterator[b
                 return
             yield api.streamed(call, event, text)
     finally:
-        one.job.cancel()
         if following is not None:
             following.cancel()
             with contextlib.suppress(BaseException):

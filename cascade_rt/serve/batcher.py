@@ -529,6 +529,8 @@ class Batcher:
                 Picture(asked=asked, index=index, planned=single(planned, seed), tell=tell, deadline=deadline)
                 for index, seed in enumerate(order.request.seeds or ())
             ]
+            if not self._pictures:  # what passed without work says nothing of how long a picture takes
+                self._last_end = time.monotonic()
             self._arrived.extend(made)
             self._pictures.update(made)
             self._changed.notify()

@@ -88,7 +88,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="draw in replicas of Ray Serve, on the cluster at this address (default: one of this machine)",
     )
-    add("--finish-abandoned", action="store_true", help="draw on for clients that left; GET /v1/images/jobs/ID answers")
+    add(
+        "--finish-abandoned",
+        action="store_true",
+        help="draw on for clients that left, but for streams; GET /v1/images/jobs/ID has the answer",
+    )
     add("--log-prompts", action="store_true", help="write prompts into the log")
     add("--version", action="version", version=f"cascade-rt {__version__}")
     return made
