@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from cascade_export.catalog import build_model
 from cascade_export.verify import TOLERANCES
 from cascade_rt import EngineError
-from cascade_rt.backends import Engine, EngineOptions, open_engine
+from cascade_rt.backends import Engine
 from cascade_rt.image import resize_bilinear
+from cascade_rt.loader import EngineLoader
 from cascade_rt.sampling import timestep_embedding
 from cascades import Cascade
 from reference import rel_l2
@@ -33,10 +35,8 @@ def module_of(cascade: Cascade, component: str) -> Any:
     return module
 
 
-def opened(cascade: Cascade, name: str) -> Engine:
-    bundle = cascade.ours.bundle
-    record = bundle.engine(name)
-    return open_engine(record, bundle.file(record.file), "cpu", EngineOptions())
+def opened(cascade: Cascade, name: str) -> AbstractContextManager[Engine]:
+    return EngineLoader(cascade.ours.bundle, "cpu").engine(name)
 
 
 def run(cascade: Cascade, name: str, feeds: dict[str, Any]) -> dict[str, Any]:
