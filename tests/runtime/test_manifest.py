@@ -285,8 +285,8 @@ CONTRADICTIONS: list[tuple[Callable[[Document], object], str]] = [
         lambda d: d["models"]["stage_c"].update(loras=None),
         r"models\['stage_c'\].loras: None is not accepted; it must be a list",
     ),
-    (lambda d: d["model"].pop("name"), r": model\.name: Object missing required field `name`"),
-    (lambda d: d["model"].update(colour=3), r": model\.colour: .*unknown field `colour`; it is 3"),
+    (lambda d: d["model"].pop("name"), r": model\.name: the key is missing; it must be a text"),
+    (lambda d: d["model"].update(colour=3), r": model\.colour: the key is not known; known are name, size"),
     (lambda d: d["models"].update({"Stage C": d["models"]["stage_c"]}), "models.*Stage C"),
 ]
 
