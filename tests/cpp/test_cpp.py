@@ -22,7 +22,7 @@ from cascade_rt.image import read_request
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-BUILD = ROOT / "build" / "cpp_tests"
+BUILD = Path(os.environ.get("CASCADE_CPP_BUILD") or ROOT / "build" / "cpp_tests")  # another one: with sanitizers
 TINY = default_bundle_path()
 
 
@@ -104,9 +104,23 @@ PICTURES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"seeds": (8,), "sampler": "diffusers", "decoder": {"guidance_scale": 2.5, "num_inference_steps": 3}},
-        ["--seed", "8", "--sampler", "diffusers", "--decoder-guidance", "2.5", "--decoder-steps", "3", "--threads", "1"],
+        [
+            "--seed",
+            "8",
+            "--sampler",
+            "diffusers",
+            "--decoder-guidance",
+            "2.5",
+            "--decoder-steps",
+            "3",
+            "--threads",
+            "1",
+        ],
     ),
-    ({"seeds": (9,), "height": 100, "width": 73, "preset": "fast"}, ["--seed", "9", "--size", "73x100", "--preset", "fast"]),
+    (
+        {"seeds": (9,), "height": 100, "width": 73, "preset": "fast"},
+        ["--seed", "9", "--size", "73x100", "--preset", "fast"],
+    ),
 ]
 
 
@@ -130,7 +144,7 @@ def test_pictures_are_the_same_bytes(
 
 def test_requests_go_through_pictures_both_ways(built: Path, environment: dict[str, str], tmp_path: Path) -> None:
     flags = ["--seed", "3", "--steps", "3", "--decoder-steps", "2", "--size", "96x64", "--provider", "cpu"]
-    assert run(built, environment, "a \"red\" círcle", *flags, "-o", tmp_path / "a.png").returncode == 0
+    assert run(built, environment, 'a "red" círcle', *flags, "-o", tmp_path / "a.png").returncode == 0
     told = run_python(environment, "--from", tmp_path / "a.png", "-o", tmp_path / "b.png", "--provider", "cpu")
     assert told.returncode == 0, told.stderr
     assert run(built, environment, "--from", tmp_path / "b.png", "-o", tmp_path / "c.png").returncode == 0
@@ -163,7 +177,9 @@ REFUSED = [
 def test_refusals_have_the_same_words(
     built: Path, environment: dict[str, str], words: list[str], tmp_path: Path
 ) -> None:
-    ours, theirs = (call(*words) for call in (lambda *w: run(built, environment, *w), lambda *w: run_python(environment, *w)))
+    ours, theirs = (
+        call(*words) for call in (lambda *w: run(built, environment, *w), lambda *w: run_python(environment, *w))
+    )
     assert ours.returncode == theirs.returncode != 0
     wanted = theirs.stderr.replace("pictures are written as .png, .jpg, .jpeg, .webp", "pictures are written as .png")
     assert ours.stderr.replace("cascade-run-cpp", "cascade-run") == wanted
@@ -189,20 +205,30 @@ def _replace(bundle: Path, old: str, new: str) -> None:
     (bundle / "cascade.json").write_text(text.replace(old, new))
 
 
+def _lead_out(bundle: Path) -> None:
+    (bundle / "stage_a.safetensors").unlink()
+    (bundle / "stage_a.safetensors").symlink_to(TINY / "stage_a.safetensors")
+
+
+def _folder(bundle: Path) -> None:
+    (bundle / "cascade.json").unlink()
+    (bundle / "cascade.json").mkdir()
+
+
 DAMAGES = {
     "no manifest": lambda b: (b / "cascade.json").unlink(),
     "no json": lambda b: (b / "cascade.json").write_text("{"),
     "a list": lambda b: (b / "cascade.json").write_text("[]"),
-    "a folder": lambda b: ((b / "cascade.json").unlink(), (b / "cascade.json").mkdir()),
+    "a folder": _folder,
     "format 1": lambda b: _replace(b, '"format_version": 2', '"format_version": 1'),
     "format 3": lambda b: _replace(b, '"format_version": 2', '"format_version": 3'),
     "unknown key": lambda b: _replace(b, '"licence"', '"license"'),
-    "a dimension": lambda b: _replace(b, '"batch"', '"batches"'),
+    "a dimension": lambda b: _replace(b, '"latents"', '"latent"'),
     "truncated": _truncate,
     "one bit": _flip,
     "missing weights": lambda b: (b / "stage_a.safetensors").unlink(),
     "missing tokenizer": lambda b: (b / "tokenizer.json").unlink(),
-    "a link out": lambda b: ((b / "stage_a.safetensors").unlink(), (b / "stage_a.safetensors").symlink_to(TINY / "stage_a.safetensors")),
+    "a link out": _lead_out,
 }
 
 

@@ -144,7 +144,7 @@ WORDS = [
     "Ångström",
     "ﬁne",
     "ﬀ",
-    "２３",
+    "\uff12\uff13",
     "½",
     "Ⅷ",
     "①",
@@ -182,7 +182,7 @@ WORDS = [
     "[mask]",
     "...",
     "—dash",
-    "‘quoted’",
+    "\u2018quoted\u2019",
     "“text”",
     "ͅ",
     "ำ",
@@ -196,7 +196,7 @@ WORDS = [
     "\x7f",
     "\ufeff",
     "\u2028",
-    "𝐀",
+    "\U0001d400",
     "𠀀",
     "Ǆ",
 ]
@@ -401,10 +401,23 @@ ODD: list[Any] = [
     [],
     [1],
     {},
-    {"a": 1},
     "height/0",
     "batch*height",
 ]
+
+
+UNKNOWN: list[tuple[Any, ...]] = [
+    ("a",),
+    ("model", "a"),
+    ("sampling", "a"),
+    ("sampling", "original", "prior", "a"),
+    ("models", "A"),
+    ("models", "stage_c", "a"),
+    ("engines", 0, "a"),
+    ("engines", 1, "inputs", 0, "a"),
+    ("files", "tokenizer.json", "a"),
+]
+"""Keys that no part of a manifest has."""
 
 
 def damaged_manifests() -> Iterator[dict[str, Any]]:
@@ -424,10 +437,12 @@ def damaged_manifests() -> Iterator[dict[str, Any]]:
 
     walk(document, ())
     yield {"path": [], "remove": False, "value": document}
-    for _ in range(400):
+    for index in range(400):
         path = dice.choice(paths[1:])
         remove = dice.random() < 0.2
         value = None if remove else dice.choice(ODD)
+        if index < len(UNKNOWN):
+            path, remove, value = UNKNOWN[index], False, 1
         case: dict[str, Any] = {"path": list(path), "remove": remove, "value": value}
         changed = copy.deepcopy(document)
         owner = changed

@@ -130,14 +130,14 @@ LoopOverrides overrides_from(const Json& value) {
 void check_range(const AxisRange& range, const std::string& path, const std::string& where) {
   const std::string sizes =
       std::to_string(range.min) + ", " + std::to_string(range.opt) + ", " + std::to_string(range.max);
+  std::string told;
   if (!(range.min <= range.opt && range.opt <= range.max)) {
-    throw BundleError(plain(where) + ": " + path + ": a range needs min <= opt <= max; this one has " + sizes, path);
+    told = "a range needs min <= opt <= max; this one has " + sizes;
+  } else if (range.max / range.multiple * range.multiple < range.min) {
+    told = "no multiple of " + std::to_string(range.multiple) + " lies in " + std::to_string(range.min) + ".." +
+           std::to_string(range.max);
   }
-  if (range.max / range.multiple * range.multiple < range.min) {
-    throw BundleError(plain(where) + ": " + path + ": no multiple of " + std::to_string(range.multiple) + " lies in " +
-                          std::to_string(range.min) + ".." + std::to_string(range.max),
-                      path);
-  }
+  if (!told.empty()) throw BundleError(plain(where) + ": " + path + ": " + told, path, "", told);
 }
 
 void check_inside(const std::string& name, const std::string& where) {

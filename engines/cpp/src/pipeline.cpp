@@ -83,6 +83,10 @@ Tensor chosen(const Tensor& rows, const std::vector<std::size_t>& which) {
   made.shape[0] = static_cast<std::int64_t>(which.size());
   const std::size_t size = rows.data.size() / static_cast<std::size_t>(rows.shape[0]);
   for (const std::size_t row : which) {
+    if (row >= static_cast<std::size_t>(rows.shape[0])) {
+      throw EngineError("an engine returned a tensor of shape " + shape_text(rows.shape) + ", which has no row " +
+                        std::to_string(row));
+    }
     const auto begin = rows.data.begin() + static_cast<std::ptrdiff_t>(row * size);
     made.data.insert(made.data.end(), begin, begin + static_cast<std::ptrdiff_t>(size));
   }
@@ -138,6 +142,10 @@ class Denoising {
     }
     const auto count = static_cast<std::size_t>(latents_.shape[0]);
     const std::size_t size = latents_.data.size() / count;
+    if (prediction.data.size() != (count + plan_.guided(step_).size()) * size) {
+      throw EngineError(plan_.stage + ".step returned a prediction of shape " + shape_text(prediction.shape) +
+                        " for latents of shape " + shape_text(latents_.shape));
+    }
     Tensor guided{latents_.shape, {prediction.data.begin(),
                                    prediction.data.begin() + static_cast<std::ptrdiff_t>(latents_.data.size())}};
     const auto which = plan_.guided(step_);
@@ -259,7 +267,8 @@ struct Pipeline::Impl {
     }
     const double started = now();
     std::deque<std::string> waiting{name};
-    if (!options.low_memory && provider == "cpu") {
+    if (!options.low_memory && (provider == "cpu" || provider == "openvino")) {
+      const std::lock_guard<std::mutex> lock(keeping);  // `close` may come from another thread
       for (const auto& other : together) {
         if (other != name && engines.count(other) == 0) waiting.push_back(other);
       }
@@ -463,7 +472,7 @@ struct Pipeline::Impl {
 
   Tensor denoise(const LoopPlan& loop, Denoising& denoising, std::map<std::string, Tensor> conditions,
                  const StepCallback& on_step) {
-    const std::int64_t dim = record(loop.stage + ".context").tensor("timestep_embedding").axes.back().number;
+    const std::int64_t dim = number_axis(record(loop.stage + ".context"), "timestep_embedding", 1);
     conditions["timestep_embedding"] = timestep_embedding(loop.schedule.ratios, dim);
     Feeds feeds;
     for (const auto& item : conditions) feeds.emplace(item.first, Feed::of(item.second));
@@ -522,7 +531,7 @@ struct Pipeline::Impl {
     const Timed timed(*this, timings, "stage_c");
     const LoopPlan& loop = *planned.prior;
     Denoising denoising(loop, given.latents ? *given.latents : noise.initial(loop.latents), noise);
-    const std::int64_t image_dim = record("stage_c.context").tensor("clip_img").axes[2].number;
+    const std::int64_t image_dim = number_axis(record("stage_c.context"), "clip_img", 2);
     Tensor image{{1, 1, image_dim}, std::vector<float>(static_cast<std::size_t>(image_dim))};
     if (given.image_embeds) image = *given.image_embeds;
     const Tensor images = repeated(image, planned.pictures);
@@ -546,9 +555,9 @@ struct Pipeline::Impl {
     {
       const Timed timed(*this, timings, "stage_b");
       Denoising denoising(loop, given.decoder_latents ? *given.decoder_latents : noise.initial(loop.latents), noise);
-      const Shape grid = record("stage_b.context")
-                             .tensor("effnet")
-                             .shape({{"batch", planned.pictures}, {"height", loop.latents[2]}, {"width", loop.latents[3]}});
+      const Shape grid = shape_of(record("stage_b.context"), "effnet",
+                                  {{"batch", planned.pictures}, {"height", loop.latents[2]}, {"width", loop.latents[3]}});
+      if (grid.size() != 4) throw BundleError("the manifest gives effnet the shape " + shape_text(grid));
       const Tensor effnet = resize_bilinear(embeddings, grid[2], grid[3]);
       const Tensor none{effnet.shape, std::vector<float>(effnet.data.size())};
       const auto& guided = denoising.ever_guided();
@@ -578,6 +587,9 @@ struct Pipeline::Impl {
   static void pixels(const Tensor& decoded, const Planned& planned, Result& made) {
     if (!all_finite(decoded.data)) {
       throw EngineError("stage_a.decode made numbers that are not finite; export it with --precision fp32");
+    }
+    if (decoded.shape.size() != 4 || decoded.shape[1] != 3) {
+      throw EngineError("stage_a.decode returned pixels of shape " + shape_text(decoded.shape));
     }
     const auto count = static_cast<std::size_t>(decoded.shape[0]);
     const auto rows = static_cast<std::size_t>(decoded.shape[2]), columns = static_cast<std::size_t>(decoded.shape[3]);

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <random>
 #include <set>
+#include <stdexcept>
 
 #include "request.hpp"
 #include "tables.hpp"
@@ -27,14 +28,6 @@ const EngineRecord& need(const Records& records, const std::string& name) {
                       name);
   }
   return *found;
-}
-
-std::int64_t number_axis(const EngineRecord& record, const std::string& tensor, std::size_t axis) {
-  const auto& axes = record.tensor(tensor).axes;
-  if (axis >= axes.size() || axes[axis].number == 0) {
-    throw BundleError("the manifest leaves the channels of " + record.name + " open");
-  }
-  return axes[axis].number;
 }
 
 const AxisRange& range_of(const EngineRecord& record, const std::string& name) {
@@ -251,7 +244,7 @@ std::uint64_t memory_of(const Manifest& manifest, const Records& running, const 
       for (const auto& row : tables::kItemSizes) {
         if (tensor.dtype == row.dtype) bytes = static_cast<std::uint64_t>(row.bytes);
       }
-      for (const auto size : tensor.shape(sizes)) bytes *= static_cast<std::uint64_t>(size);
+      for (const auto size : shape_of(*spec, tensor.name, sizes)) bytes *= static_cast<std::uint64_t>(size);
       total += bytes;
     }
   }
@@ -283,6 +276,22 @@ std::vector<std::size_t> LoopPlan::ever_guided() const {
     }
   }
   return made;
+}
+
+std::int64_t number_axis(const EngineRecord& record, const std::string& tensor, std::size_t axis) {
+  const auto& axes = record.tensor(tensor).axes;
+  if (axis >= axes.size() || axes[axis].number == 0) {
+    throw BundleError("the manifest leaves the size of " + tensor + " of " + record.name + " open");
+  }
+  return axes[axis].number;
+}
+
+Shape shape_of(const EngineRecord& record, const std::string& tensor, const Sizes& sizes) {
+  try {
+    return record.tensor(tensor).shape(sizes);
+  } catch (const std::invalid_argument& error) {
+    throw BundleError("the manifest gives no shape of " + tensor + " of " + record.name + ": " + error.what());
+  }
 }
 
 bool Planned::needs_negative() const {
@@ -464,7 +473,7 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
     }
     if (negatives != 1 && negatives != n) {
       throw RequestError("there are " + std::to_string(negatives) + " negative prompts for " + std::to_string(n) +
-                             " prompts; give 1 or " + std::to_string(n),
+                             " prompts; give one, or one for every prompt",
                          "negative_prompt");
     }
   }

@@ -44,6 +44,11 @@ struct Planned {
 using Records = std::vector<const EngineRecord*>;
 const EngineRecord* record_of(const Records& records, const std::string& name);
 
+/// The shape of a tensor of an engine. Throws BundleError where the manifest's formulas give none.
+Shape shape_of(const EngineRecord& record, const std::string& tensor, const Sizes& sizes);
+/// The size of an axis that the manifest must give as a number. Throws BundleError.
+std::int64_t number_axis(const EngineRecord& record, const std::string& tensor, std::size_t axis);
+
 /// Plan a request. Throws RequestError, or BundleError whose field is the name of the engine that is missing.
 Planned plan(const Request& request, const Manifest& manifest, const Records& records, const Tensors& given, Part part);
 

@@ -1,6 +1,7 @@
-// The manifest against its JSON Schema, which generate.py takes from the Python package. The subset that the schema uses
-// is: $ref, type, enum, properties, required, additionalProperties, propertyNames, items, prefixItems, minItems, maxItems, anyOf,
-// pattern, minLength, maxLength, minimum, maximum, exclusiveMinimum. The words are those of msgspec.
+// The manifest against its JSON Schema, which generate.py takes from the Python package, in the words of schema.py.
+// The subset that the schema uses is: $ref, type, enum, properties, required, additionalProperties, propertyNames, items,
+// prefixItems, minItems, maxItems, anyOf, pattern, minLength, maxLength, minimum, maximum, exclusiveMinimum.
+#include <algorithm>
 #include <regex>
 
 #include "manifest.hpp"
@@ -11,9 +12,10 @@ namespace cascade_rt::detail {
 namespace {
 
 struct Problem {
-  std::string what;
   std::string path;
   const Json* value;  // null where the key is missing
+  std::string accepted;
+  std::string told;
 };
 
 const Json& schema() {
@@ -30,19 +32,6 @@ bool matches(const std::string& text, const std::string& pattern) {
   return std::regex_search(text, std::regex(pattern, std::regex::ECMAScript));
 }
 
-std::string kind_of(const Json& value) {
-  switch (value.type()) {
-    case Json::value_t::null: return "null";
-    case Json::value_t::boolean: return "bool";
-    case Json::value_t::number_integer:
-    case Json::value_t::number_unsigned: return "int";
-    case Json::value_t::number_float: return "float";
-    case Json::value_t::string: return "str";
-    case Json::value_t::array: return "array";
-    default: return "object";
-  }
-}
-
 const Json& resolved(const Json& rule) {
   const Json* made = &rule;
   while (made->contains("$ref")) {
@@ -52,21 +41,57 @@ const Json& resolved(const Json& rule) {
   return *made;
 }
 
-std::string expected(const Json& rule) {
-  const Json& own = resolved(rule);
-  if (own.contains("anyOf")) {
-    std::vector<std::string> words;
-    for (const Json& one : own.at("anyOf")) words.push_back(expected(one));
-    return joined(words, " | ");
-  }
-  if (own.contains("enum")) return own.at("enum").front().is_string() ? "str" : "int";
-  const std::string type = own.value("type", std::string("str"));
-  if (type == "integer") return "int";
-  if (type == "number") return "float";
-  if (type == "string") return "str";
-  if (type == "boolean") return "bool";
-  return type;
+std::string number_text(const Json& bound) {
+  return bound.is_number_float() ? general(bound.get<double>()) : repr(bound);
 }
+
+/// " from 1 to 9", " above 0 and up to 9", or less where a bound is missing.
+std::string bounds(const Json& rule) {
+  const bool from = rule.contains("minimum"), above = rule.contains("exclusiveMinimum"), to = rule.contains("maximum");
+  const std::string high = to ? number_text(rule.at("maximum")) : "";
+  if (!from && !above) return to ? " of at most " + high : "";
+  if (from) return " from " + general(rule.at("minimum").get<double>()) + (to ? " to " + high : "");
+  return " above " + general(rule.at("exclusiveMinimum").get<double>()) + (to ? " and up to " + high : "");
+}
+
+/// " of 1 to 9 characters", or less where a bound is missing.
+std::string lengths(const Json& rule, const char* least_key, const char* most_key, const char* one, const char* many) {
+  const bool least = rule.contains(least_key), most = rule.contains(most_key);
+  if (!least && !most) return "";
+  const std::string low = least ? repr(rule.at(least_key)) : "", high = most ? repr(rule.at(most_key)) : "";
+  if (!most) return " of at least " + low + " " + (low == "1" ? one : many);
+  return !least || low == "0" ? " of up to " + high + " " + many : " of " + low + " to " + high + " " + many;
+}
+
+/// What a rule accepts, in words.
+std::string accepted_by(const Json& given) {
+  const Json& rule = resolved(given);
+  if (rule.contains("anyOf")) {
+    std::vector<std::string> words;
+    for (const Json& one : rule.at("anyOf")) words.push_back(accepted_by(one));
+    return joined(words, " or ");
+  }
+  if (rule.contains("enum")) {
+    std::vector<std::string> words;
+    for (const Json& one : rule.at("enum")) words.push_back(one.is_string() ? one.get<std::string>() : repr(one));
+    std::sort(words.begin(), words.end());
+    return words.size() > 1 ? "one of " + joined(words) : words.front();
+  }
+  const std::string type = rule.value("type", std::string());
+  if (type == "integer") return "an integer" + bounds(rule);
+  if (type == "number") return "a number" + bounds(rule);
+  if (type == "boolean") return "true or false";
+  if (type == "null") return "null";
+  if (type == "array") {
+    if (rule.contains("prefixItems")) return "a list of " + std::to_string(rule.at("prefixItems").size()) + " entries";
+    return "a list" + lengths(rule, "minItems", "maxItems", "entry", "entries");
+  }
+  if (type == "object" || rule.contains("properties")) return "an object";
+  if (rule.contains("pattern")) return "a text of the form " + rule.at("pattern").get<std::string>();
+  return "a text" + lengths(rule, "minLength", "maxLength", "character", "characters");
+}
+
+std::string quoted(const Json& value) { return value.is_object() ? "an object" : shown(value); }
 
 bool has_type(const Json& value, const std::string& type) {
   if (type == "integer") return value.is_number_integer();
@@ -92,111 +117,104 @@ int compare(const Json& value, double bound) {
   return number < bound ? -1 : number > bound ? 1 : 0;
 }
 
+/// Whether a value that has the rule's type breaks one of its bounds.
+bool out_of_bounds(const Json& value, const Json& rule) {
+  const auto below = [&](const char* key, std::size_t size) {
+    return rule.contains(key) && size < rule.at(key).get<std::size_t>();
+  };
+  const auto over = [&](const char* key, std::size_t size) {
+    return rule.contains(key) && size > rule.at(key).get<std::size_t>();
+  };
+  if (value.is_number()) {
+    return (rule.contains("minimum") && compare(value, rule.at("minimum").get<double>()) < 0) ||
+           (rule.contains("exclusiveMinimum") && compare(value, rule.at("exclusiveMinimum").get<double>()) <= 0) ||
+           (rule.contains("maximum") && compare(value, rule.at("maximum").get<double>()) > 0);
+  }
+  if (value.is_string()) {
+    const auto& text = value.get_ref<const std::string&>();
+    const std::size_t letters = decode_utf8(text).size();
+    return below("minLength", letters) || over("maxLength", letters) ||
+           (rule.contains("pattern") && !matches(text, rule.at("pattern").get_ref<const std::string&>()));
+  }
+  return value.is_array() && (below("minItems", value.size()) || over("maxItems", value.size()));
+}
+
+bool listed(const Json& value, const Json& words) {
+  return std::any_of(words.begin(), words.end(), [&](const Json& one) {
+    return (one.is_string() == value.is_string()) && (one.is_number_integer() == value.is_number_integer()) && one == value;
+  });
+}
+
+std::optional<Problem> check(const Json& value, const Json& rule_given, const std::string& path);
+
+std::optional<Problem> check_object(const Json& value, const Json& rule, const std::string& path) {
+  static const Json none = Json::object();
+  const bool record = rule.contains("properties");
+  const Json& properties = record ? rule.at("properties") : none;
+  for (const auto& item : value.items()) {
+    const std::string below = record ? path + "." + shortened(plain(item.key()))
+                                     : path + "['" + shortened(plain(item.key())) + "']";
+    if (rule.contains("propertyNames")) {
+      const Json key = item.key();
+      if (check(key, rule.at("propertyNames"), below)) {
+        const std::string accepted = accepted_by(rule.at("propertyNames"));
+        return Problem{path, nullptr, accepted,
+                       "the key " + shown(key) + " is not accepted; a key must be " + accepted};
+      }
+    }
+    if (properties.contains(item.key())) {
+      if (auto found = check(item.value(), properties.at(item.key()), below)) return found;
+    } else if (rule.contains("additionalProperties")) {
+      const Json& other = rule.at("additionalProperties");
+      if (other.is_object()) {
+        if (auto found = check(item.value(), other, below)) return found;
+      } else if (!other.get<bool>()) {
+        std::vector<std::string> names;
+        for (const auto& property : properties.items()) names.push_back(property.key());
+        const std::string accepted = "known are " + joined(names);
+        return Problem{below, &item.value(), accepted, "the key is not known; " + accepted};
+      }
+    }
+  }
+  if (!rule.contains("required")) return std::nullopt;
+  for (const Json& name : rule.at("required")) {
+    const auto& missing = name.get_ref<const std::string&>();
+    if (value.contains(missing)) continue;
+    const std::string accepted = accepted_by(properties.at(missing));
+    return Problem{path + "." + missing, nullptr, accepted, "the key is missing; it must be " + accepted};
+  }
+  return std::nullopt;
+}
+
 std::optional<Problem> check(const Json& value, const Json& rule_given, const std::string& path) {
   const Json& rule = resolved(rule_given);
-  const auto problem = [&](const std::string& what) { return Problem{what, path, &value}; };
+  const auto refusal = [&] {
+    const std::string accepted = accepted_by(rule);
+    return Problem{path, &value, accepted, quoted(value) + " is not accepted; it must be " + accepted};
+  };
   if (rule.contains("anyOf")) {
-    std::optional<Problem> deepest;
+    std::optional<Problem> deeper;
     for (const Json& one : rule.at("anyOf")) {
       auto found = check(value, one, path);
       if (!found) return std::nullopt;
-      // the alternative of the value's own kind says what is wrong with it
-      const bool of_kind = found->what.rfind("Expected `" + expected(one) + "`, got", 0) != 0;
-      if (of_kind) deepest = found;
+      if (found->path != path) deeper = std::move(found);  // it is of this kind, and something in it is wrong
     }
-    if (deepest) return deepest;
-    return problem("Expected `" + expected(rule) + "`, got `" + kind_of(value) + "`");
+    return deeper ? deeper : refusal();
   }
   if (rule.contains("enum")) {
-    for (const Json& one : rule.at("enum")) {
-      if (one.type() == value.type() || (one.is_number_integer() && value.is_number_integer())) {
-        if (one == value) return std::nullopt;
-      }
-    }
-    if (kind_of(value) != expected(rule)) {
-      return problem("Expected `" + expected(rule) + "`, got `" + kind_of(value) + "`");
-    }
-    return problem("Invalid enum value " + repr(value));
+    return listed(value, rule.at("enum")) ? std::nullopt : std::optional<Problem>(refusal());
   }
-  if (rule.contains("type") && !has_type(value, rule.at("type").get_ref<const std::string&>())) {
-    return problem("Expected `" + expected(rule) + "`, got `" + kind_of(value) + "`");
-  }
-  if (value.is_number()) {
-    const std::string kind = expected(rule);
-    const auto bound = [&](const char* key) {
-      return kind == "float" ? repr(rule.at(key).get<double>()) : repr(rule.at(key));
-    };
-    if (rule.contains("minimum") && compare(value, rule.at("minimum").get<double>()) < 0) {
-      return problem("Expected `" + kind + "` >= " + bound("minimum"));
-    }
-    if (rule.contains("exclusiveMinimum") && compare(value, rule.at("exclusiveMinimum").get<double>()) <= 0) {
-      return problem("Expected `" + kind + "` > " + bound("exclusiveMinimum"));
-    }
-    if (rule.contains("maximum") && compare(value, rule.at("maximum").get<double>()) > 0) {
-      return problem("Expected `" + kind + "` <= " + bound("maximum"));
-    }
-  } else if (value.is_string()) {
-    const auto& text = value.get_ref<const std::string&>();
-    const auto letters = decode_utf8(text).size();
-    if (rule.contains("minLength") && letters < rule.at("minLength").get<std::size_t>()) {
-      return problem("Expected `str` of length >= " + repr(rule.at("minLength")));
-    }
-    if (rule.contains("maxLength") && letters > rule.at("maxLength").get<std::size_t>()) {
-      return problem("Expected `str` of length <= " + repr(rule.at("maxLength")));
-    }
-    if (rule.contains("pattern") && !matches(text, rule.at("pattern").get_ref<const std::string&>())) {
-      return problem("Expected `str` matching regex " + repr(rule.at("pattern")));
-    }
-  } else if (value.is_array()) {
-    if (rule.contains("minItems") && value.size() < rule.at("minItems").get<std::size_t>()) {
-      return problem("Expected `array` of length >= " + repr(rule.at("minItems")));
-    }
-    if (rule.contains("maxItems") && value.size() > rule.at("maxItems").get<std::size_t>()) {
-      return problem("Expected `array` of length <= " + repr(rule.at("maxItems")));
-    }
+  if (rule.contains("type") && !has_type(value, rule.at("type").get_ref<const std::string&>())) return refusal();
+  if (out_of_bounds(value, rule)) return refusal();
+  if (value.is_array()) {
     for (std::size_t i = 0; i < value.size(); ++i) {
-      const std::string below = path + "[" + std::to_string(i) + "]";
-      const bool listed = rule.contains("prefixItems") && i < rule.at("prefixItems").size();
-      const bool all = rule.contains("items") && rule.at("items").is_object();
-      if (listed || all) {
-        if (auto found = check(value[i], listed ? rule.at("prefixItems")[i] : rule.at("items"), below)) return found;
-      }
-    }
-  } else if (value.is_object()) {
-    const Json none = Json::object();
-    const Json& properties = rule.contains("properties") ? rule.at("properties") : none;
-    for (const auto& item : value.items()) {
-      const bool known = properties.contains(item.key());
-      const std::string below = properties.empty() ? path + "['" + shortened(plain(item.key())) + "']"
-                                                   : path + "." + plain(item.key());
-      if (rule.contains("propertyNames")) {
-        Json key = item.key();
-        if (auto found = check(key, rule.at("propertyNames"), below)) {
-          return Problem{"a key of this mapping: " + found->what, path, &value};
-        }
-      }
-      if (known) {
-        if (auto found = check(item.value(), properties.at(item.key()), below)) return found;
-      } else if (rule.contains("additionalProperties")) {
-        const Json& other = rule.at("additionalProperties");
-        if (other.is_boolean() && !other.get<bool>()) {
-          return Problem{"Object contains unknown field `" + plain(item.key()) + "`", below, &item.value()};
-        }
-        if (other.is_object()) {
-          if (auto found = check(item.value(), other, below)) return found;
-        }
-      }
-    }
-    if (rule.contains("required")) {
-      for (const Json& name : rule.at("required")) {
-        if (!value.contains(name.get_ref<const std::string&>())) {
-          const std::string missing = name.get<std::string>();
-          return Problem{"Object missing required field `" + missing + "`", path + "." + missing, nullptr};
-        }
-      }
+      const bool prefixed = rule.contains("prefixItems") && i < rule.at("prefixItems").size();
+      if (!prefixed && !(rule.contains("items") && rule.at("items").is_object())) continue;
+      const Json& own = prefixed ? rule.at("prefixItems")[i] : rule.at("items");
+      if (auto found = check(value[i], own, path + "[" + std::to_string(i) + "]")) return found;
     }
   }
-  return std::nullopt;
+  return value.is_object() ? check_object(value, rule, path) : std::nullopt;
 }
 
 }  // namespace
@@ -204,14 +222,9 @@ std::optional<Problem> check(const Json& value, const Json& rule_given, const st
 void check_schema(const Json& document, const std::string& where) {
   const auto found = check(document, schema(), "$");
   if (!found) return;
-  std::string path = found->path;
-  if (path.rfind("$.", 0) == 0) path = path.substr(2);
-  if (path == "$") path = "the document";
-  const bool quoted = found->value != nullptr && !found->value->is_object();
-  const std::string value = quoted ? shown(*found->value) : "";
-  throw BundleError(plain(where) + ": " + path + ": " + shortened(plain(found->what), 200) +
-                        (quoted ? "; it is " + value : ""),
-                    path, value, found->what);
+  const std::string path = found->path.rfind("$.", 0) == 0 ? found->path.substr(2) : "";
+  throw BundleError(plain(where) + ": " + (path.empty() ? "the document" : path) + ": " + found->told,
+                    path.empty() ? "$" : path, found->value == nullptr ? "" : quoted(*found->value), found->accepted);
 }
 
 }  // namespace cascade_rt::detail

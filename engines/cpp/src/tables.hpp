@@ -75,6 +75,8 @@ inline constexpr Pair kFlags[] = {
     {"prior.guidance_scale", "--guidance"},
     {"decoder.num_inference_steps", "--decoder-steps"},
     {"decoder.guidance_scale", "--decoder-guidance"},
+    {"images", "--image"},
+    {"loras", "--lora"},
     {"init_image", "--init"},
     {"strength", "--strength"},
     {"mask_image", "--mask"},
