@@ -139,8 +139,8 @@ def test_bad_files_are_one_line_and_change_nothing(
             write(tmp_path / "b.safetensors", {k.replace("prior", "decoder"): v for k, v in pair(shape).items()}),
             "does not have",
         ),
-        (tmp_path / "missing.safetensors", "is no file"),
-        (tmp_path, "is no file"),
+        (tmp_path / "missing.safetensors", "no file"),
+        (tmp_path, "no regular file"),
         (tmp_path / "a.bin", "pickle"),
     ):
         with pytest.raises(CheckpointError, match=message):
