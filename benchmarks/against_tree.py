@@ -6,7 +6,8 @@
 Each checkout runs its own code over its own bundle, in processes of its own, which are called in turns as in
 `cascade-bench`. Both get the same tensors and threads. A ratio is this checkout's time over the other's in the same
 turn: above 1 is slower than the other. Its interval says how far the median moves if the turns are drawn anew. The
-same is said of processor time, which other work on the machine disturbs less; it counts threads that wait by spinning.
+same is said of processor time, which other work on the machine disturbs less; threads that wait by spinning take it too
+(``--threads 1`` has none).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Compared:
         low: the ratio's 95 % interval.
         high: likewise.
         best_ratio: the quickest call of this one over the quickest of the other.
-        processor_ratio: as ``ratio``, of the time that threads ran on processors; None where the system does not say.
+        processor_ratio: as ``ratio``, of the time that threads ran on processors; None where a worker does not say.
         processor_low: its 95 % interval.
         processor_high: likewise.
         difference: relative L2 of what they made; 0 is the same numbers.
@@ -96,7 +97,7 @@ class Taken:
 
     Attributes:
         seconds: from its beginning to its end.
-        processor_s: that its threads ran on processors; None where the system does not say.
+        processor_s: that its threads ran on processors; None where the worker of that checkout does not say.
     """
 
     seconds: float
@@ -130,22 +131,6 @@ def median_ratio(this: NDArray[np.float64], other: NDArray[np.float64]) -> tuple
     again = np.median(ratios[rng.integers(0, len(ratios), (2000, len(ratios)))], axis=1)
     low, high = np.percentile(again, (2.5, 97.5))
     return float(np.median(ratios)), float(low), float(high)
-
-
-def processor_s(process: int) -> float | None:
-    """How long the threads of a process have run on processors; None where the system does not say."""
-    tasks = Path(f"/proc/{process}/task")
-    if not tasks.is_dir():
-        return None
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()) / 1e9
-
-
-def timed_call(racer: Racer, limit: float) -> Taken:
-    """One call of a racer."""
-    before = processor_s(racer.process.pid)
-    seconds = racer.call(limit)
-    after = processor_s(racer.process.pid)
-    return Taken(seconds, None if before is None or after is None else after - before)
 
 
 def prepare(arguments: argparse.Namespace, checkout: Path) -> Path:
@@ -193,7 +178,8 @@ def race_calls(job: Callable[[str], Job], checkouts: Mapping[str, Path], turns: 
             for turn in tqdm(range(turns), desc=asked.what, leave=False, disable=None):
                 for side in SIDES[:: 1 if turn % 2 else -1]:
                     time.sleep(SETTLE)
-                    taken[side].append(timed_call(racers[side], limit))
+                    seconds = racers[side].call(limit)
+                    taken[side].append(Taken(seconds, racers[side].processor_s))
             answers = [answer for racer in racers.values() for answer in answer_of(racer, limit).values()]
             return figures(taken["this"], taken["other"]) | {"difference": difference(answers)}
         except RacerError as error:

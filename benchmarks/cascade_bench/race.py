@@ -79,7 +79,20 @@ class RacerError(Exception):
 
 @dataclass(kw_only=True)
 class Racer:
-    """A running process and what it said."""
+    """A running process and what it answered.
+
+    Attributes:
+        job: what it runs.
+        process: of the worker.
+        answer_file: where it puts what its last call made.
+        load_s: from the start of the process until it could be called.
+        first_s: its first call.
+        peak_mib: largest resident size so far.
+        own_mib: what it holds after its last call without pages of files.
+        processor_s: of its last call, of all threads; None from a checkout whose worker does not say.
+        seconds: of the calls that count.
+        extras: other figures of its last call.
+    """
 
     job: Job
     process: subprocess.Popen[str]
@@ -88,6 +101,7 @@ class Racer:
     first_s: float
     peak_mib: float | None
     own_mib: float | None
+    processor_s: float | None = None
     seconds: list[float] = field(default_factory=list)
     extras: dict[str, float] = field(default_factory=dict)
 
@@ -95,6 +109,7 @@ class Racer:
         """One timed call."""
         said = _ask(self.process, "call", limit)
         self.peak_mib, self.own_mib, self.extras = said["peak_mib"], said["own_mib"], said["extras"]
+        self.processor_s = said.get("processor_s")
         return float(said["seconds"])
 
     def stop(self) -> None:

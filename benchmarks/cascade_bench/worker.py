@@ -1,7 +1,7 @@
 """The process of one racer: `python -m cascade_bench.worker`, driven over standard input and output by `race`.
 
 One JSON object a line. First comes the job; then `{"do": "load" | "call" | "answer"}`. Every line is answered by one:
-`seconds` and what else was seen, or `skipped` with the reason, or `failed` with the error's last line.
+`seconds` and what else was measured, or `skipped` with the reason, or `failed` with the error's last line.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def serve(requests: TextIO, answers: TextIO, started: float) -> None:
 
     def call() -> dict[str, Any]:
         gc.collect()
-        begun = time.perf_counter()
+        begun, on_processor = time.perf_counter(), time.process_time()
         peer.call()
-        seconds = time.perf_counter() - begun
-        return {"seconds": seconds, "extras": peer.extras()}
+        seconds, processor_s = time.perf_counter() - begun, time.process_time() - on_processor
+        return {"seconds": seconds, "processor_s": processor_s, "extras": peer.extras()}
 
     def answer() -> dict[str, Any]:
         np.save(answer_file, peer.answer())
