@@ -37,8 +37,8 @@ CLOSED_CLIENTS = 24
 START_SECONDS = 180
 PROMPTS = ("a red circle", "a blue star", "a green square above a red circle", "a yellow star on a white background")
 SERVERS = {
-    "ours": ["-m", "cascade_rt.serve.cli", "--queue", "100000", "--port"],
-    "ours, one picture a call": ["-m", "cascade_rt.serve.cli", "--max-batch", "1", "--queue", "100000", "--port"],
+    "ours": ["-m", "cascade_rt.serve.cli", "--queue", "50000", "--port"],
+    "ours, one picture a call": ["-m", "cascade_rt.serve.cli", "--max-batch", "1", "--queue", "50000", "--port"],
     "lock-step batches": [str(HERE / "peers.py"), "lockstep"],
     "diffusers and FastAPI": [str(HERE / "peers.py"), "eager"],
 }
