@@ -25,7 +25,7 @@ from .bundle import find_bundle
 from .checks import check_integer, check_pictures, given_or
 from .commands import CommandParser, as_integer, as_number, as_path, as_place
 from .errors import OutputError, RequestError, plain, shown
-from .files import name_of, said_by, write_together, written_whole
+from .files import check_name, name_of, said_by, write_together, written_whole
 from .image import FORMATS, encode_picture, read_request
 from .lora import parse_lora
 from .manifest import PRESETS, Figures
@@ -137,10 +137,10 @@ def info_parser() -> argparse.ArgumentParser:
 def generate(args: argparse.Namespace) -> None:
     """Do what ``cascade-run`` was asked."""
     warnings.showwarning = lambda message, *rest, **more: print(f"warning: {plain(str(message))}", file=sys.stderr)
-    request = requested(args)
-    check_output(args.output)
     if args.reconstruct is not None:
         open_picture("--reconstruct", args.reconstruct)
+    request = requested(args)
+    check_output(args.output)
     started = time.perf_counter()
     with (
         CascadePipeline.from_pretrained(args.bundle, args.provider, args.low_memory, args.threads) as pipe,
@@ -250,6 +250,7 @@ def check_output(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"-o {name_of(path)} is not accepted; pictures are written as {', '.join(FORMATS)}")
+    check_name(path)
     try:
         if path.is_dir():
             raise RequestError(f"{name_of(path)} is a folder; name a file in it")

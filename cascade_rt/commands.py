@@ -28,6 +28,7 @@ from .errors import (
 from .files import name_of, said_by
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+_SHARED_LIBRARY = re.compile(r"\.(so|dylib|dll|pyd)\b|DLL load failed", re.IGNORECASE)
 INTERRUPTED = "interrupted; nothing half-written was left behind"
 
 
@@ -111,6 +112,12 @@ def _report(error: Exception, names: Mapping[str, str]) -> int:
         return _fail(worded(error, names), FAILED)
     if isinstance(error, MemoryError):
         return _fail("there is not enough memory for this; use --low-memory, or a smaller --size", FAILED)
+    if isinstance(error, ImportError) and _SHARED_LIBRARY.search(str(error)):
+        cause: BaseException = error
+        while (deeper := cause.__cause__ or cause.__context__) is not None:
+            cause = deeper  # NumPy writes twenty lines around what the system said
+        told = f"a library cannot be loaded: {shortened(plain(str(cause)), 300)}"
+        return _fail(f"{told}; allow more memory (ulimit -v unlimited), or install it again with pip", FAILED)
     if isinstance(error, RecursionError):
         return _fail("the stack is too small for this; raise its limit with: ulimit -s 8192", FAILED)
     if isinstance(error, Warning):  # python -W error

@@ -90,6 +90,16 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         _take_names(ready)
 
 
+def check_name(path: Path) -> None:
+    """Refuse a path that no system takes.
+
+    Raises:
+        OutputError: it holds a zero byte.
+    """
+    if "\0" in os.fspath(path):
+        raise OutputError(f"{name_of(path)} cannot be written: its name holds a zero byte (null)")
+
+
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     """A file beside ``path``, open for writing, and removed in the end if it still has its own name.
@@ -97,6 +107,7 @@ def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     It is made exclusively and under a name that nobody can foresee: no link that lies there is followed, and two
     writers do not meet.
     """
+    check_name(path)
     temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=".cascade-", suffix=".partial", dir=path.parent)

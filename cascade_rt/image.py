@@ -128,7 +128,7 @@ def read_request(path: Path) -> str:
             text = picture.info.get(REQUEST_KEY)
             if text is None:
                 text = _described(picture.getexif().get(_EXIF_DESCRIPTION))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"there is no picture {name_of(path)}", field="from") from None
     except RequestError:
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -90,6 +91,7 @@ class Runner:
         self._lora_folder: Path | None = None
         self._turn = threading.Lock()
         self._running: int | None = None
+        self._process = os.getpid()
 
     def plan(self, request: Request, given: Tensors, part: Part) -> Plan:
         """Plan a request for the engines that the provider runs.
@@ -137,6 +139,9 @@ class Runner:
         Raises:
             RequestError: a callback calls the pipeline that is calling it.
         """
+        if self._process != os.getpid():  # forked, perhaps while a thread of the parent had its turn, for ever
+            self._process, self._turn, self._running = os.getpid(), threading.Lock(), None
+            self._lora_folder = None  # the parent's
         if self._running == threading.get_ident():
             raise RequestError("a pipeline cannot be called from its own callback; use a second pipeline there")
         with self._turn:
@@ -193,10 +198,11 @@ class Runner:
             shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Give back every engine, and remove changed weights."""
+        """Give back every engine, and remove changed weights; a forked child leaves those to its parent."""
         self.engines.close()
         before, self._lora_folder = self._lora_folder, None
-        self._remove(before)
+        if self._process == os.getpid():
+            self._remove(before)
 
     def encode(self, texts: Sequence[str]) -> tuple[Array, Array]:
         """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of texts."""

@@ -6,6 +6,7 @@ Nothing here knows a bundle: an engine is opened from its manifest record and th
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +31,9 @@ __all__ = [
     "open_engine",
     "resolve_provider",
 ]
+
+# read when ONNX Runtime is imported; a switch of its own comes too late for what it does and prints by then
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 MAX_THREADS = 1024
 MAX_DEVICE = 1023

@@ -59,7 +59,9 @@ def _content(path: Path) -> bytes | None:
 
 def _settings(data: bytes | None, folder: Path) -> _Settings:
     where = name_of(folder / "tokenizer_config.json")
-    return validated(parse_json(data or b"{}", where, CheckpointError), _Settings, where, CheckpointError)
+    return validated(
+        parse_json(b"{}" if data is None else data, where, CheckpointError), _Settings, where, CheckpointError
+    )
 
 
 def _converted(folder: Path, settings: _Settings, text: TextEncoderConfig) -> TokenizerSource:

@@ -1,4 +1,4 @@
-"""Numbers, texts and arrays of Python callers: taken exactly, or refused with the field, the value and what is taken."""
+"""Numbers, texts and arrays of Python callers: taken exactly, or refused with the field and what is accepted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,6 @@ def check_request(made: Request) -> None:
 def test_no_field_takes_what_it_is_not(field: str, name: str) -> None:
     value = IN_PYTHON[name]
     taken = {
-        "seeds": ("4000 digits",) * 0,
         "images": ("empty list",),
         "loras": ("empty list",),
         "init_image": ("superscript", "escapes", "lone surrogate", "numpy text"),
@@ -66,10 +65,10 @@ def test_no_field_takes_what_it_is_not(field: str, name: str) -> None:
         made = Request(**{"prompt": "x", field: value})
     except RequestError as error:
         check_refusal(error, field)
-        assert name not in taken, error
-        return
-    assert name in taken, f"{field} took {name}"
-    json.dumps(made.to_dict())
+        made = None
+    assert (made is not None) == (name in taken), f"{field} and {name}"
+    if made is not None:
+        json.dumps(made.to_dict())
 
 
 @pytest.mark.parametrize("loop", ["prior", "decoder"])
@@ -188,7 +187,7 @@ def test_latents_are_real_numbers(pipe: CascadePipeline, dtype: str) -> None:
 
 def test_a_wrong_negative_prompt_is_refused_also_where_guidance_is_off(pipe: CascadePipeline) -> None:
     for value in (3, ["a", "b"], b"x", [None]):
-        with pytest.raises(RequestError, match="negative.prompt"):
+        with pytest.raises(RequestError, match=r"negative.prompt"):
             pipe("x", negative_prompt=value, prior_guidance_scale=0, decoder_guidance_scale=0, seed=0)  # type: ignore[arg-type]
 
 
