@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -225,7 +227,10 @@ def graph_operations(engine: str, sizes: dict[str, int]) -> float:
     """
     bundle = find_bundle(None)
     record = bundle.engine(engine, "onnx")
-    graph = onnx.load(bundle.path / record.file)
+    with tempfile.TemporaryDirectory() as folder:  # onnx reads no weights from a file that has several names
+        for name in record.files:
+            shutil.copy(bundle.path / name, folder)
+        graph = onnx.load(Path(folder) / record.file)
     inner = {name for node in graph.graph.node for name in node.output}
     there = {value.name for value in graph.graph.output}
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(inner - there))
