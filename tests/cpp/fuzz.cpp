@@ -72,7 +72,12 @@ int main(int argc, char** argv) {
   const std::string here = CASCADE_TESTS;
   const std::string bundle = here + "/../../engines/tiny/cascade_tiny/bundle";
   Json whole = Json::parse(text_of(bundle + "/cascade.json"));
-  while (whole.at("engines").size() > 2) whole.at("engines").erase(2);  // small documents are mutated more often
+  Json kept = Json::array();  // what Stage C needs: small documents are mutated more often in one place
+  for (const Json& engine : whole.at("engines")) {
+    const auto name = engine.at("name").get<std::string>();
+    if (name == "text_encoder" || name.rfind("stage_c", 0) == 0) kept.push_back(engine);
+  }
+  whole["engines"] = kept;
   const std::string manifest = whole.dump();
   const std::string words = text_of(bundle + "/tokenizer.json");
   Json bpe = Json::parse(text_of(here + "/clip_tokenizer.json"));
@@ -118,5 +123,7 @@ int main(int argc, char** argv) {
   }
   std::printf("manifests: %zu read, %zu refused; tokenizers: %zu, %zu; requests: %zu, %zu\n", manifests.taken,
               manifests.refused, tokenizers.taken, tokenizers.refused, requests.taken, requests.refused);
-  return manifests.taken > 0 && manifests.refused > 0 && tokenizers.refused > 0 && requests.refused > 0 ? 0 : 1;
+  const bool both = manifests.taken > 0 && tokenizers.taken > 0 && requests.taken > 0 && manifests.refused > 0 &&
+                    tokenizers.refused > 0 && requests.refused > 0;
+  return both ? 0 : 1;
 }

@@ -118,7 +118,7 @@ PICTURES: list[tuple[dict[str, Any], list[str]]] = [
         ],
     ),
     (
-        {"seeds": (9,), "height": 100, "width": 73, "preset": "fast"},
+        {"seeds": (9,), "height": 100, "width": 73},
         ["--seed", "9", "--size", "73x100", "--preset", "fast"],
     ),
 ]
@@ -223,7 +223,7 @@ DAMAGES = {
     "format 1": lambda b: _replace(b, '"format_version": 2', '"format_version": 1'),
     "format 3": lambda b: _replace(b, '"format_version": 2', '"format_version": 3'),
     "unknown key": lambda b: _replace(b, '"licence"', '"license"'),
-    "a dimension": lambda b: _replace(b, '"latents"', '"latent"'),
+    "a dimension": lambda b: _replace(b, '"height/2"', '"height/0"'),
     "truncated": _truncate,
     "one bit": _flip,
     "missing weights": lambda b: (b / "stage_a.safetensors").unlink(),
