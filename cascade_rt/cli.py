@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from . import __version__
 from .backends import PROVIDERS
 from .bundle import find_bundle
 from .checks import check_integer, check_pictures, given_or
-from .commands import CommandParser, as_integer, as_number, as_path, as_place
+from .commands import CommandParser, as_integer, as_number, as_path, as_place, say_aside
 from .errors import OutputError, RequestError, plain, shown
 from .files import check_name, name_of, said_by, write_together, written_whole
 from .image import FORMATS, encode_picture, read_request
@@ -136,7 +135,7 @@ def info_parser() -> argparse.ArgumentParser:
 
 def generate(args: argparse.Namespace) -> None:
     """Do what ``cascade-run`` was asked."""
-    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {plain(str(message))}", file=sys.stderr)
+    warnings.showwarning = lambda message, *rest, **more: say_aside(f"warning: {message}")
     if args.reconstruct is not None:
         open_picture("--reconstruct", args.reconstruct)
     request = requested(args)

@@ -210,7 +210,13 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
+def say_aside(line: str) -> None:
+    """A line on standard error, without control characters; nobody can be told where that is closed or full."""
+    if sys.stderr is not None:  # `print` would take standard output instead
+        with contextlib.suppress(OSError, ValueError):
+            print(plain(line), file=sys.stderr, flush=True)
+
+
 def _fail(message: str, code: int) -> int:
-    with contextlib.suppress(OSError, ValueError):  # nobody can be told where standard error is closed
-        print("error: " + plain(re.sub(r"\s*[\r\n]\s*", " ", message.strip())), file=sys.stderr)
+    say_aside("error: " + re.sub(r"\s*[\r\n]\s*", " ", message.strip()))
     return code

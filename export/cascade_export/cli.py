@@ -90,6 +90,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks."""
     try:
+        from .staging import check_current_folder
+
+        check_current_folder()
         from .checkpoints import open_checkpoint
         from .exporter import export
         from .job import ExportRequest, own_precision

@@ -18,7 +18,6 @@ import hashlib
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from msgspec.structs import replace
 
+from cascade_rt.commands import say_aside
 from cascade_rt.errors import BundleError, CascadeError, OutputError, RequestError, shown
 from cascade_rt.files import MIB, name_of, read_bounded, said_by
 from cascade_rt.manifest import MANIFEST, EngineRecord, Manifest, ModelRecord, TokenizerRecord
@@ -54,18 +54,29 @@ def place_of(out: Path) -> Path:
         raise RequestError(
             f"--out {shown(os.fspath(out))} begins with a dash, which commands take for an option; choose another name"
         )
+    check_current_folder()
     try:
         place = out.resolve()
         found = place.exists() or place.is_symlink()
         if found and not place.is_dir():
             raise RequestError(f"{name_of(out)} exists and is no bundle; choose another --out")
-    except FileNotFoundError:
-        raise OutputError("the current folder has been removed; change to another one") from None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: Python 3.10 says so of a link to itself
         if isinstance(error, CascadeError):
             raise
         raise OutputError(f"--out {name_of(out)} cannot be written to: {said_by(error)}") from None
     return place
+
+
+def check_current_folder() -> None:
+    """Refuse to work where there is no folder any more: libraries end the process there without a message.
+
+    Raises:
+        OutputError: it has been removed.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise OutputError("the current folder has been removed; change to another one") from None
 
 
 @contextmanager
@@ -383,4 +394,4 @@ def link(source: Path, target: Path) -> None:
 
 def say_on_stderr(line: str) -> None:
     """A notice for people, beside the results on standard output."""
-    print(line, file=sys.stderr, flush=True)
+    say_aside(line)

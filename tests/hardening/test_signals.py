@@ -1,0 +1,181 @@
+"""Signals at thirty moments of a run and of an export: nothing half-made under a final name, and a rerun tidies up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cascade_rt.bundle import Bundle
+from hardening.driver import apart, words_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and forks are those of POSIX"),
+]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+MOMENTS = 30
+INTERRUPTED = "error: interrupted; nothing half-written was left behind\n"
+
+
+def check_end(code: int, errors: str, number: int, moment: float) -> None:
+    """The command was done already, or stopped as the signal says."""
+    if number == signal.SIGKILL:
+        assert code in (0, -signal.SIGKILL), (code, errors)
+    elif code == -number:  # it came before Python could answer: while the interpreter itself begins
+        assert moment < 0.5, (code, moment)
+    else:
+        assert (code, errors) in ((0, ""), (1, INTERRUPTED)), (code, errors, number, moment)
+
+
+def test_thirty_moments_of_a_run(room: Path) -> None:
+    words = words_of("cascade-run", "x", "-o", "x.png", "--quiet", "--images", "2", "--steps", "3")
+    whole = apart(words, cwd=room)
+    assert whole.code == 0
+    names = {"x-1.png", "x-2.png"}
+    stopped = 0
+    for index in range(MOMENTS):
+        for path in room.iterdir():
+            path.unlink()
+        number, moment = SIGNALS[index % 3], whole.seconds * (index + 0.5) / MOMENTS
+        running = subprocess.Popen(words, cwd=room, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(moment)
+        running.send_signal(number)
+        _, errors = running.communicate(timeout=60)
+        check_end(running.returncode, errors, number, moment)
+        stopped += running.returncode != 0
+        left = {path.name for path in room.iterdir()}
+        assert left - names == set() or number == signal.SIGKILL, left
+        for name in left & names:
+            Image.open(room / name).load()
+    assert stopped > MOMENTS // 2
+    assert apart(words, cwd=room).code == 0
+    assert names <= {path.name for path in room.iterdir()}
+
+
+WARM = """
+import json, os, sys
+import cascade_export.exporter
+from cascade_export.cli import main
+for line in sys.stdin:
+    arguments, log = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        code = main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Exports in forks of a process that has imported torch, which takes longer than the export."""
+
+
+class Exports:
+    """Exports in processes of their own that begin at once."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._warm = subprocess.Popen(
+            [sys.executable, "-c", WARM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, *arguments: object, number: int = 0, moment: float = 0.0) -> tuple[int, str]:
+        """Exit code and standard error of an export that gets a signal after some seconds; number 0: none."""
+        stdin, stdout = self._warm.stdin, self._warm.stdout
+        assert stdin is not None
+        assert stdout is not None
+        self._log.write_text("")
+        stdin.write(json.dumps([[str(a) for a in arguments], str(self._log)]) + "\n")
+        stdin.flush()
+        child = int(stdout.readline())
+        if number:
+            time.sleep(moment)
+            os.kill(child, number)  # not waited for by anybody before the code is read below
+        code = int(stdout.readline())
+        lines = [line for line in self._log.read_text().splitlines(keepends=True) if line.startswith("error: ")]
+        return code, "".join(lines)
+
+    def close(self) -> None:
+        assert self._warm.stdin is not None
+        self._warm.stdin.close()
+        self._warm.wait(60)
+
+
+@pytest.fixture
+def exports(tmp_path: Path) -> Iterator[Exports]:
+    made = Exports(tmp_path / "log")
+    yield made
+    made.close()
+
+
+def check_whole(place: Path) -> None:
+    bundle = Bundle(place)
+    for name in bundle.manifest.files:
+        bundle.file(name)
+
+
+def stray(place: Path) -> set[str]:
+    """What lies in and beside a bundle and belongs to nobody."""
+    inside = {p.name for p in place.iterdir()} - {*Bundle(place).manifest.files, "cascade.json", "NOTES.txt"}
+    return inside | {path.name for path in place.parent.iterdir() if path != place}
+
+
+@pytest.mark.parametrize("adding", [False, True], ids=["a new bundle", "one that is added to"])
+def test_thirty_moments_of_an_export(room: Path, vqgan: Path, exports: Exports, adding: bool) -> None:
+    place = room / "bundle"
+    stage: list[Any] = ["--stage", "previewer", "--checkpoint", "random:1", "--size", "big", "--precision", "fp32"]
+    common = (*stage, "--no-verify", "--quiet", "--out", place)
+    base = room.parent / "base"
+    if adding:
+        assert exports.run("--stage", "a", "--checkpoint", vqgan, "--no-verify", "--quiet", "--out", base)[0] == 0
+        (base / "NOTES.txt").write_text("mine")
+
+    def begin() -> None:
+        shutil.rmtree(room)
+        room.mkdir()
+        if adding:
+            shutil.copytree(base, place)
+
+    begin()
+    started = time.monotonic()
+    assert exports.run(*common)[0] == 0
+    seconds = time.monotonic() - started
+    stopped = 0
+    for index in range(MOMENTS):
+        number = SIGNALS[index % 3]
+        # the second half of the moments lies in the last tenth, where the bundle takes its place
+        half = MOMENTS // 2
+        share = index / half * 0.9 if index < half else 0.9 + (index - half) / half * 0.12
+        begin()
+        try:
+            code, errors = exports.run(*common, number=number, moment=seconds * share)
+        except ProcessLookupError:
+            pytest.fail("nobody reads the exit code but the test")
+        check_end(code, errors, number, 1.0 if index > 3 else 0.0)
+        stopped += code != 0
+        if place.exists():
+            check_whole(place)
+            assert not adding or (place / "NOTES.txt").read_text() == "mine"
+        if number != signal.SIGKILL:
+            assert not {p.name for p in room.iterdir()} - {"bundle"}
+            assert not place.exists() or stray(place) == set()
+        if number == signal.SIGKILL or index % 5 == 0:
+            assert exports.run(*common, "--overwrite")[0] == 0, "a rerun succeeds"
+            check_whole(place)
+            assert stray(place) == set()
+            assert not adding or (place / "NOTES.txt").read_text() == "mine"
+    assert stopped > MOMENTS // 3
