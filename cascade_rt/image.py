@@ -25,23 +25,23 @@ def resize_bilinear(x: Array, height: int, width: int) -> Array:
     Stage B sees Stage C's latents resized to its own grid; done here it costs a millisecond, and no engine needs a
     Resize operator, which several lack in bfloat16.
 
+    Every number is ``x[low] * (1 - share) + x[high] * share``, two rounded products and their rounded sum, first along
+    the width, then along the height: the C++ kit does the same, so that both give the same bits. A product of matrices
+    would leave the order to the BLAS library.
+
     Args:
         x: ``[B, C, h, w]`` float32.
         height: target height.
         width: target width.
 
-    Every number is ``x[low] * (1 - share) + x[high] * share``, two rounded products and their rounded sum, first along
-    the width, then along the height: the C++ kit does the same, so that both give the same bits. A product of matrices
-    would leave the order to the BLAS library.
-
     Returns:
-        ``[B, C, height, width]`` float32. Matches: ``torch.nn.functional.interpolate(align_corners=True)``.
+        ``[B, C, height, width]`` float32, C-contiguous. Matches: ``torch.nn.functional.interpolate(align_corners=True)``.
     """
     low, high, share = _corners(x.shape[3], width)
     wide: Array = x[..., low] * (np.float32(1) - share) + x[..., high] * share
     low, high, share = _corners(x.shape[2], height)
     resized: Array = wide[:, :, low] * (np.float32(1) - share)[:, None] + wide[:, :, high] * share[:, None]
-    return resized
+    return np.ascontiguousarray(resized)
 
 
 def _corners(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:

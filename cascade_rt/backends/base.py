@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -114,9 +115,16 @@ def check_feeds(spec: EngineSpec, feeds: Mapping[str, Value]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, tensor in expected.items():
         _check_input(spec, tensor, feeds[name], sizes)
-    for name, tensor in expected.items():  # formulas of several names, which the other inputs have told by now
-        _check_shape(spec, tensor, tuple(feeds[name].shape), sizes)
+    for name, tensor in expected.items():
+        if _has_sums(tensor.axes):  # the other inputs have told their names by now
+            _check_shape(spec, tensor, tuple(feeds[name].shape), sizes)
     return sizes
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_sums(axes: tuple[int | str, ...]) -> bool:
+    """Whether an axis is a formula of several names, which its size alone does not give."""
+    return any(len(axis_of(axis).terms) != 1 for axis in axes if isinstance(axis, str))
 
 
 def check_outputs(spec: EngineSpec, sizes: Mapping[str, int], outputs: Mapping[str, Value]) -> None:
