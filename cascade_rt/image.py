@@ -35,7 +35,8 @@ def resize_bilinear(x: Array, height: int, width: int) -> Array:
         width: target width.
 
     Returns:
-        ``[B, C, height, width]`` float32, C-contiguous. Matches: ``torch.nn.functional.interpolate(align_corners=True)``.
+        ``[B, C, height, width]`` float32, C-contiguous.
+        Matches: ``torch.nn.functional.interpolate(align_corners=True)``.
     """
     low, high, share = _corners(x.shape[3], width)
     wide: Array = x[..., low] * (np.float32(1) - share) + x[..., high] * share
