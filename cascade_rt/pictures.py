@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .errors import RequestError, plain, refused, shortened
 from .files import MIB, name_of, read_bounded
@@ -39,6 +39,8 @@ def open_picture(field: str, source: Any) -> Image.Image:
     Raises:
         RequestError: it is none of these, cannot be read, or has more pixels than Pillow's limit.
     """
+    from PIL import ImageOps  # with all of EXIF's names, which most requests do without
+
     picture = _opened(field, source)
     try:
         upright = ImageOps.exif_transpose(picture)
@@ -61,6 +63,8 @@ def open_mask(field: str, source: Any) -> Mask:
     Raises:
         RequestError: it is no picture.
     """
+    from PIL import ImageOps  # with all of EXIF's names, which most requests do without
+
     picture = _opened(field, source)
     try:
         upright = ImageOps.exif_transpose(picture)
