@@ -1,4 +1,5 @@
 // OpenVINO's CPU device, with the settings of cascade_rt/backends/openvino.py.
+#include <openvino/op/constant.hpp>
 #include <openvino/openvino.hpp>
 
 #include <algorithm>
