@@ -74,12 +74,13 @@ def as_path(text: str) -> Path:
     return Path(as_place(text))
 
 
-def run_command(command: Callable[[], None], names: Mapping[str, str] | None = None) -> int:
+def run_command(command: Callable[[], None], names: Mapping[str, str] | None = None, ends: bool = False) -> int:
     """Run a command and turn what it raises into an exit code and one line on standard error.
 
     Args:
         command: what to do; it may print results to standard output.
         names: field of an error -> what the command line calls it.
+        ends: the process ends with the command: what is done is not interrupted any more.
 
     Returns:
         0 done, 1 the work failed, 2 the request was wrong.
@@ -100,7 +101,7 @@ def run_command(command: Callable[[], None], names: Mapping[str, str] | None = N
     finally:
         sys.unraisablehook = unraisable
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ends else handler)
     return DONE
 
 

@@ -38,7 +38,7 @@ def main_run(argv: Sequence[str] | None = None) -> int:
 
         cli.generate(cli.run_parser().parse_args(argv))
 
-    return run_command(command, FLAGS)
+    return run_command(command, FLAGS, ends=argv is None)
 
 
 def main_info(argv: Sequence[str] | None = None) -> int:
@@ -49,4 +49,4 @@ def main_info(argv: Sequence[str] | None = None) -> int:
 
         cli.show(cli.info_parser().parse_args(argv))
 
-    return run_command(command)
+    return run_command(command, ends=argv is None)

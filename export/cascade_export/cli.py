@@ -149,7 +149,7 @@ def _is_bundle(out: Path) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(lambda: run(parse_args(argv)))
+    return run_command(lambda: run(parse_args(argv)), ends=argv is None)
 
 
 if __name__ == "__main__":

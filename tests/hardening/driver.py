@@ -60,7 +60,7 @@ SOURCES = {
 
 def words_of(command: str, *arguments: object, flags: Sequence[str] = ()) -> list[str]:
     """A command of its own as words for `subprocess`; ``flags`` are those of Python."""
-    code = f"import sys; {SOURCES[command]}; sys.exit(main(sys.argv[1:]))"
+    code = f"import sys; {SOURCES[command]}; sys.exit(main())"
     return [sys.executable, *flags, "-c", code, *map(str, arguments)]
 
 

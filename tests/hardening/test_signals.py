@@ -33,7 +33,8 @@ def check_end(code: int, errors: str, number: int, moment: float) -> None:
     """The command was done already, or stopped as the signal says."""
     if number == signal.SIGKILL:
         assert code in (0, -signal.SIGKILL), (code, errors)
-    elif code == -number:  # it came before Python could answer: while the interpreter itself begins
+    elif code == -number or (number == signal.SIGINT and "KeyboardInterrupt" in errors):
+        # it came before our code could answer: while the interpreter itself begins
         assert moment < 0.5, (code, moment)
     else:
         assert (code, errors) in ((0, ""), (1, INTERRUPTED)), (code, errors, number, moment)
@@ -90,7 +91,12 @@ class Exports:
         self._log = log
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._warm = subprocess.Popen(
-            [sys.executable, "-c", WARM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", WARM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=log.parent,
         )
 
     def run(self, *arguments: object, number: int = 0, moment: float = 0.0) -> tuple[int, str]:
