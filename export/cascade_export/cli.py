@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cascade_rt
-from cascade_rt.bundle import Bundle
+from cascade_rt.bundle import Bundle, find_bundle
 from cascade_rt.commands import CommandParser, as_path, as_place, run_command
 from cascade_rt.errors import RequestError, plain
 from cascade_rt.lora import parse_lora
 from cascade_rt.manifest import MANIFEST
+from cascade_rt.serve.triton import write_repository
 from cascade_rt.stages import PRECISIONS, SIZES, Size, StageName, stage_names
 
 EXAMPLES = """examples:
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   cascade-export --stage c --size big --checkpoint random:0 --no-verify
   cascade-export --stage c --size big --lora style.safetensors:0.8 --out cascade-big-style
   cascade-export --stage all --size tiny --precision fp16 --target tensorrt-rtx --sm 86,89,120
+  cascade-export --triton model-repository --out my-bundle
 """
 
 
@@ -34,7 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--stage",
         action="append",
         choices=(*stage_names(), "all"),
-        required=True,
+        default=[],
         help="what to export; repeatable; all: everything that the checkpoint has",
     )
     parser.add_argument("--size", choices=SIZES, help="official size (default: tiny where no checkpoint is named)")
@@ -80,15 +82,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "files are read",
     )
     parser.add_argument("--out", type=as_path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
+    parser.add_argument(
+        "--triton",
+        type=as_path,
+        metavar="DIR",
+        help="write a Triton model repository of the bundle; without --stage: of the one at --out (default: shipped)",
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare with fp32 PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace stages that the bundle has already")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--version", action="version", version=f"cascade-rt {cascade_rt.__version__}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.stage and args.triton is None:
+        parser.error("the following arguments are required: --stage")
+    return args
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks."""
+    bundle = make_bundle(args) if args.stage else find_bundle(args.out)
+    if args.triton is not None:
+        for model in write_repository(bundle, args.triton):
+            _say(f"model: {model}")
+
+
+def make_bundle(args: argparse.Namespace) -> Bundle:
+    """Export what the command line names."""
     try:
         from .staging import check_current_folder
 
@@ -133,6 +152,7 @@ def run(args: argparse.Namespace) -> None:
     )
     bundle = export(checkpoint, request, _say)
     _say(f"bundle: {bundle.path}")
+    return bundle
 
 
 def _say(text: str) -> None:
