@@ -18,7 +18,7 @@ from .manifest import EngineRecord, LoopDefaults, LoopOverrides, Manifest, Model
 from .request import LoopSettings, Request, Tensors
 from .sampling import SamplerName, Schedule, make_schedule
 from .seeds import new_seeds
-from .sizes import Sizes, decoder_size, grids_of, plan_sizes
+from .sizes import Sizes, decoder_size, grids_of, plan_sizes, range_of, tensor_of
 from .stages import ENGINES, ITEM_SIZE, EngineSpec
 
 DenoiserName = Literal["stage_c", "stage_b"]
@@ -350,13 +350,13 @@ def _sizes(
     if request.height is None and request.width is None:
         pixels = _encoder_size(given.init_image.size, facts, spec)
     for name, side in zip(("height", "width"), pixels, strict=True):
-        if not spec.ranges[name].accepts(side):
+        if not range_of(spec, name).accepts(side):
             raise RequestError(
-                f"init_image would be encoded at {name} {side}; {spec.name} takes {spec.ranges[name]}; "
+                f"init_image would be encoded at {name} {side}; {spec.name} takes {range_of(spec, name)}; "
                 "give another height and width",
                 field="init_image",
             )
-    grid = spec.tensor("latents").shape({"batch": 1, "height": pixels[0], "width": pixels[1]})[2:]
+    grid = tensor_of(spec, "latents").shape({"batch": 1, "height": pixels[0], "width": pixels[1]})[2:]
     decoder_pixels = (sizes.decoder[0] * facts.compression, sizes.decoder[1] * facts.compression)
     init = InitPlan(strength=strength, pixels=pixels, decoder_pixels=None if given.mask is None else decoder_pixels)
     return init, replace(sizes, prior=(grid[0], grid[1]))
@@ -375,7 +375,7 @@ def _encoder_size(size: tuple[int, int], facts: ModelFacts, spec: EngineSpec) ->
     Matches: ``resize_image`` of the authors' notebooks, where the long side is truncated.
     """
     short = ENCODER_STRIDE * math.ceil(min(facts.height, facts.width) / facts.resolution_multiple)
-    multiple = spec.ranges["height"].multiple
+    multiple = range_of(spec, "height").multiple
     height, width = (short * side // min(size) // multiple * multiple for side in size[::-1])
     return height, width
 
@@ -449,15 +449,15 @@ def _full(own: LoopSettings, defaults: LoopDefaults) -> LoopSettings:
 
 
 def _channels(spec: EngineSpec) -> int:
-    channels = spec.tensor("latents").axes[1]
+    channels = tensor_of(spec, "latents").axes[1]
     if not isinstance(channels, int):
         raise BundleError(f"the manifest leaves the channels of {spec.name} open: {channels}")
     return channels
 
 
 def _check_loop(loop: LoopPlan, spec: EngineSpec, size: tuple[int, int]) -> None:
-    most = spec.ranges["batch"].max
-    if not spec.ranges["batch"].accepts(loop.rows):
+    most = range_of(spec, "batch").max
+    if not range_of(spec, "batch").accepts(loop.rows):
         pictures = loop.latents[0]
         twice = f", {loop.rows} rows with guidance," if loop.guided else ""
         raise RequestError(
@@ -467,17 +467,17 @@ def _check_loop(loop: LoopPlan, spec: EngineSpec, size: tuple[int, int]) -> None
             accepted=f"up to {most} rows",
         )
     for name, side in zip(("height", "width"), size, strict=True):
-        if not spec.ranges[name].accepts(side):
+        if not range_of(spec, name).accepts(side):
             raise RequestError(
-                f"this {name} needs {spec.name} at {name} {side}, and this engine takes {spec.ranges[name]}; "
+                f"this {name} needs {spec.name} at {name} {side}, and this engine takes {range_of(spec, name)}; "
                 "ask for another size, or export it with other --shapes",
                 field=name,
                 value=side,
-                accepted=str(spec.ranges[name]),
+                accepted=str(range_of(spec, name)),
             )
-    if not spec.ranges["steps"].accepts(len(loop.schedule)):
+    if not range_of(spec, "steps").accepts(len(loop.schedule)):
         raise RequestError(
-            f"{len(loop.schedule)} steps are not accepted; {spec.name} takes {spec.ranges['steps']}",
+            f"{len(loop.schedule)} steps are not accepted; {spec.name} takes {range_of(spec, 'steps')}",
             field=f"{'prior' if loop.stage == 'stage_c' else 'decoder'}.num_inference_steps",
         )
 
@@ -501,7 +501,7 @@ def _check_given(given: Tensors, records: dict[str, EngineRecord], prompts: int)
         if engine not in records:
             continue
         spec = records[engine].spec
-        axes = spec.tensor(tensor).axes
+        axes = tensor_of(spec, tensor).axes
         for name in names:
             value = getattr(given, name)
             if value is None:
@@ -516,8 +516,10 @@ def _check_given(given: Tensors, records: dict[str, EngineRecord], prompts: int)
                     f"{name} has shape {value.shape}; it must be ({', '.join(map(str, wanted))})", field=name
                 )
             for axis, size in lengths if not free else []:
-                if not spec.ranges[axis].accepts(size):
-                    raise RequestError(f"{name} has {axis} {size}; this engine takes {spec.ranges[axis]}", field=name)
+                if not range_of(spec, axis).accepts(size):
+                    raise RequestError(
+                        f"{name} has {axis} {size}; this engine takes {range_of(spec, axis)}", field=name
+                    )
     positive, negative = given.prompt_embeds, given.negative_prompt_embeds
     if positive is not None and negative is not None and positive.shape != negative.shape:
         raise RequestError(
@@ -533,9 +535,10 @@ def _check_images(given: Tensors, records: dict[str, EngineRecord]) -> None:
     if given.image_embeds is not None:
         raise RequestError("give either images or image_embeds, and not both", field="images")
     context = records.get("stage_c.context")
-    if context is not None and not context.ranges["images"].accepts(len(given.images)):
+    if context is not None and not range_of(context, "images").accepts(len(given.images)):
         raise RequestError(
-            f"{len(given.images)} images are not accepted; this engine takes {context.ranges['images']}", field="images"
+            f"{len(given.images)} images are not accepted; this engine takes {range_of(context, 'images')}",
+            field="images",
         )
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .checks import check_pixels
-from .manifest import Manifest, ModelFacts
+from .errors import BundleError
+from .manifest import EngineRecord, Manifest, ModelFacts
 from .sampling import SamplerName
+from .stages import AxisRange, EngineSpec, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -79,5 +81,32 @@ def grids_of(manifest: Manifest) -> tuple[int, int]:
     found = []
     for name in ("stage_c.step", "stage_b.step"):
         records = manifest.records(name)
-        found.append(records[0].ranges["height"].multiple if records else 1)
+        found.append(range_of(records[0], "height").multiple if records else 1)
     return found[0], found[1]
+
+
+def range_of(engine: EngineRecord | EngineSpec, name: str) -> AxisRange:
+    """The accepted sizes of a named axis of an engine.
+
+    Raises:
+        BundleError: the manifest has none.
+    """
+    if name not in engine.ranges:
+        raise BundleError(
+            f"the manifest has no range of {name} for {engine.name}; build the bundle again with cascade-export"
+        )
+    return engine.ranges[name]
+
+
+def tensor_of(spec: EngineSpec, name: str) -> TensorSpec:
+    """A tensor of an engine.
+
+    Raises:
+        BundleError: the manifest has none of that name.
+    """
+    found = next((tensor for tensor in spec.tensors if tensor.name == name), None)
+    if found is None:
+        raise BundleError(
+            f"the manifest has no tensor {name} of {spec.name}; build the bundle again with cascade-export"
+        )
+    return found
