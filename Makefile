@@ -77,7 +77,7 @@ cpp: cpp-needs ## build the C++ and C kit with CMake: build/cpp (CMAKE_ARGS=...)
 	cmake -S engines/cpp -B build/cpp -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS)
 	cmake --build build/cpp --parallel $(WORKERS)
 
-CPP_PACKAGES := g++ cmake pkg-config nlohmann-json3-dev libpng-dev libssl-dev libutf8proc-dev
+CPP_PACKAGES := g++ cmake pkg-config nlohmann-json3-dev libpng-dev libssl-dev libutf8proc-dev libgtest-dev
 cpp-needs:
 	@missing=""; \
 	command -v cmake > /dev/null || missing="$$missing CMake"; \
