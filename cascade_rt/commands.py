@@ -136,17 +136,20 @@ def _report(error: Exception, names: Mapping[str, str]) -> int:
 
 
 def worded(error: CascadeError, names: Mapping[str, str]) -> str:
-    """An error's message with the field under the name that the command line has for it."""
+    """An error's message with fields under the names that the command line has for them.
+
+    Its own field stands at the beginning. Other fields may stand anywhere; those that are words of English too (height)
+    are left as they are.
+    """
     message, field = str(error), error.field
-    if field is None:
-        return message
-    of_list, bracket, _ = field.partition("[")  # images[0] and images[1].weight are both of --image
-    name, told = (
-        (names.get(of_list), rf"{re.escape(of_list)}\[\d+\](\.\w+)?")
-        if bracket
-        else (names.get(field), rf"{re.escape(field)}\b")
-    )
-    return message if name is None else re.sub(rf"^{told}", name, message)
+    if field is not None:
+        of_list, bracket, _ = field.partition("[")  # images[0] and images[1].weight are both of --image
+        told = rf"{re.escape(of_list)}\[\d+\](\.\w+)?" if bracket else rf"{re.escape(field)}\b"
+        message = re.sub(rf"^{told}", names.get(of_list, "\\g<0>"), message)
+    for other, name in names.items():
+        if "_" in other or "." in other:
+            message = re.sub(rf"(?<![\w./]){re.escape(other)}(?![\w/]|\.\w)", name, message)
+    return message
 
 
 def _bear_any_text() -> None:

@@ -127,12 +127,26 @@ def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
 def _take_names(ready: Iterable[tuple[IO[bytes], Path, Path]]) -> None:
     """Put files on the disk and rename each from its temporary to its final path."""
     files = list(ready)
-    for file, temporary, _ in files:
-        file.flush()
-        os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+    for file, temporary, path in files:
+        with _named(path):
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+    for _, _, path in files:  # nothing has its name yet: what can be foreseen must not stop half of the renaming
+        if path.is_dir():
+            raise OutputError(f"{name_of(path)} cannot be written: Is a directory")
     for _, temporary, path in files:
-        temporary.replace(path)
+        with _named(path):
+            temporary.replace(path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the system as those of one file."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{name_of(path)} cannot be written: {said_by(error)}") from error
 
 
 def _umask() -> int:
