@@ -192,7 +192,9 @@ def check_named(error: BundleError, place: Place) -> None:
     shared = min(len(found), len(wanted))
     near = found[:shared] == wanted[:shared]
     refers = wanted[0] == "engines" and found[:2] == wanted[:2]  # axes name the ranges
-    defaults = wanted[0] == "sampling" and found == ["model", "default_sampler"]
+    defaults = {"sampling": ["model", "default_sampler"], "presets": ["model", "default_preset"]}.get(
+        wanted[0]
+    ) == found
     assert near or refers or defaults, f"{error.field} for {place}: {error}"
 
 

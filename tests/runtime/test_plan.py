@@ -58,7 +58,7 @@ def test_a_plan_has_everything_filled_in(manifest: Manifest) -> None:
     assert made.engines == RUN_ORDER
     assert made.prior is not None
     assert made.decoder is not None
-    np.testing.assert_array_equal(made.prior.scales, np.full((20, 2), 1.5))
+    np.testing.assert_array_equal(made.prior.scales, np.full((10, 2), 1.5))
     assert made.prior.rows == 4
     assert made.decoder.rows == 2
     assert made.prior.latents == (2, 16, 6, 6)
@@ -66,14 +66,14 @@ def test_a_plan_has_everything_filled_in(manifest: Manifest) -> None:
     assert made.prior.rescale == 0.7
     predicted = manifest.models["stage_c"].prediction_type
     assert predicted is not None
-    wanted = make_schedule("original", 20, predicted, shift=2.0)
+    wanted = make_schedule("original", 10, predicted, shift=2.0)
     np.testing.assert_array_equal(made.prior.schedule.update, wanted.update)
     assert made.needs_negative
     full = made.request
     assert None not in (full.height, full.width, full.sampler, full.seeds, full.num_images_per_prompt)
     interval = {"guidance_start": 0.0, "guidance_end": 1.0}
-    assert full.prior == LoopSettings(num_inference_steps=20, guidance_scale=1.5, **interval)
-    assert full.decoder == LoopSettings(num_inference_steps=10, guidance_scale=1.0, **interval)
+    assert full.prior == LoopSettings(num_inference_steps=10, guidance_scale=1.5, **interval)
+    assert full.decoder == LoopSettings(num_inference_steps=5, guidance_scale=1.0, **interval)
 
 
 def test_a_planned_request_is_planned_to_itself(manifest: Manifest) -> None:
@@ -145,12 +145,12 @@ def test_pictures_are_prompts_times_images_or_as_many_as_seeds(
 def test_guidance_of_each_prompt_is_its_pictures(manifest: Manifest) -> None:
     made = planned(manifest, prompt=("a", "b"), num_images_per_prompt=2, prior={"guidance_scale": (1.0, 3.0)})
     assert made.prior is not None
-    np.testing.assert_array_equal(made.prior.scales, [[1, 1, 3, 3]] * 20)
+    np.testing.assert_array_equal(made.prior.scales, [[1, 1, 3, 3]] * 10)
     assert made.prior.guided
     assert made.prior.rows == made.prior.context_rows == 6
     each = planned(manifest, prompt=("a", "b"), num_images_per_prompt=2, prior={"guidance_scale": (1, 2, 3, 4)})
     assert each.prior is not None
-    np.testing.assert_array_equal(each.prior.scales, [[1, 2, 3, 4]] * 20)
+    np.testing.assert_array_equal(each.prior.scales, [[1, 2, 3, 4]] * 10)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,9 @@ def test_memory_is_the_files_of_the_engines_and_their_contexts(manifest: Manifes
     made = planned(manifest, prompt="x", prior={"guidance_scale": 1.0})
     names = {file for record in manifest.engines if record.name in made.engines for file in record.files}
     weights = sum(manifest.files[name].bytes for name in names)
-    # 4 bytes: modulation of 20 and 10 steps, keys and values of both stages, Stage B's map
-    stage_c = 20 * 1920 + (2 + 4) * 2 * 85 * 160
-    stage_b = 10 * 1920 + 4 * 2 * 4 * 160 + 32 * 32 * 64
+    # 4 bytes: modulation of 10 and 5 steps, keys and values of both stages, Stage B's map
+    stage_c = 10 * 1920 + (2 + 4) * 2 * 85 * 160
+    stage_b = 5 * 1920 + 4 * 2 * 4 * 160 + 32 * 32 * 64
     assert made.memory == weights + 4 * (stage_c + stage_b)
     guided = planned(manifest, prompt="x", prior={"guidance_scale": 2.0})
     assert guided.memory == made.memory + 4 * (2 + 4) * 2 * 85 * 160
@@ -357,7 +357,7 @@ def test_what_the_bundle_does_not_take_is_refused(
             (1, 4, 4, 1),
             {},
             "prior.num_inference_steps",
-            "20 steps are not accepted; stage_c.step takes 1..4",
+            "10 steps are not accepted; stage_c.step takes 1..4",
         ),
         (
             "stage_b.step",
@@ -365,7 +365,7 @@ def test_what_the_bundle_does_not_take_is_refused(
             (1, 4, 4, 1),
             {},
             "decoder.num_inference_steps",
-            "10 steps are not accepted; stage_b.step takes 1..4",
+            "5 steps are not accepted; stage_b.step takes 1..4",
         ),
         (
             "stage_b.step",
