@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from cascade_rt.stages import PRECISIONS
 
 from .describe import Made, cascade_facts, describe, with_engine_files, without_stale_engine_files
 from .engine_files import Built, Graph, build_engine_files, fitted
+from .interrupts import uninterrupted
 from .job import ExportRequest, Report
 from .loading import load_fp32
 from .models import Denoiser
@@ -221,7 +223,8 @@ def make(job: Job, plan: ExportPlan, folder: Path, place: Path, fit16: Fit | Non
     dtype, graphs = TORCH_DTYPE[job.precision.weights], {}
     for spec in job.specs:
         with _bar(1, f"trace {spec.name}", quiet) as bar:
-            graphs[spec.name] = trace(spec, job.config, job.precision, fit16.apply if fit16 else lambda module: None)
+            prepare = fit16.apply if fit16 else lambda module: None
+            graphs[spec.name] = uninterrupted(partial(trace, spec, job.config, job.precision, prepare))
             bar.update(1)
     names = {weight for graph in graphs.values() for weight in graph.weights}
     for there in (SafetensorsSource([place / file]).shapes.keys() for file in job.beside):
