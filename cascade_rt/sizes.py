@@ -107,6 +107,6 @@ def tensor_of(spec: EngineSpec, name: str) -> TensorSpec:
     found = next((tensor for tensor in spec.tensors if tensor.name == name), None)
     if found is None:
         raise BundleError(
-            f"the manifest has no tensor {name} of {spec.name}; build the bundle again with cascade-export"
+            f"the manifest's engine {spec.name} has no tensor {name}; build the bundle again with cascade-export"
         )
     return found

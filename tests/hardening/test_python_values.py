@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from cascade_rt import CascadeError, CascadePipeline, Request, RequestError
@@ -106,6 +106,7 @@ def test_a_mutated_request_is_read_or_refused(data: st.DataObject) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet='{}[]":,.-+eE0123456789nulltruefalse \\u\x00', max_size=40) | st.binary(max_size=40))
 def test_a_text_that_is_no_request_is_refused(text: str | bytes) -> None:
+    assume((text if isinstance(text, bytes) else text.encode(errors="replace")).split() not in ([b"{}"], [b"{", b"}"]))
     with pytest.raises(RequestError) as found:
         Request.from_json(text)
     check_refusal(found.value)

@@ -107,9 +107,8 @@ def test_stage_a_engines(cascade: Cascade) -> None:
 @pytest.mark.covers("image_encoder", "parity")
 @pytest.mark.covers("effnet_encoder", "runtime")
 @pytest.mark.covers("previewer", "runtime")
+@pytest.mark.parametrize("cascade", ["shallow"], indirect=True)  # the one that the encoders are exported with
 def test_encoder_engines(cascade: Cascade) -> None:
-    if cascade.name != "shallow":
-        pytest.skip("the encoders are exported with one of the shapes")
     from transformers import CLIPVisionModelWithProjection
 
     rng = np.random.default_rng(1)
