@@ -276,7 +276,7 @@ def test_what_is_typed(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
     for wrong in ("strong", "nan", "inf", ""):
         with pytest.raises(RequestError, match="is no scale"):
             parse_lora(f"{file}:{wrong}")
-    with pytest.raises(CheckpointError, match="no (regular )?file"):
+    with pytest.raises(CheckpointError, match=r"no (regular )?file"):
         parse_lora(str(tmp_path / "nowhere.safetensors"))
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="is cut"):
@@ -288,7 +288,7 @@ def test_what_is_typed(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
             parse_lora(place)
         assert len(str(error.value)) < 400
     (tmp_path / "pipe.safetensors").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="no (regular )?file"):
+    with pytest.raises(CheckpointError, match=r"no (regular )?file"):
         parse_lora(str(tmp_path / "pipe.safetensors"))
 
 
