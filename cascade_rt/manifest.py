@@ -469,6 +469,7 @@ def _check_engine(record: EngineRecord, path: str, where: str) -> None:
         raise _contradiction(where, f"{path}.features", record.features, "sorted, each once")
     if (record.target is None) != (record.runtime == "onnx"):
         raise _contradiction(where, f"{path}.target", None, f"there exactly for TensorRT; this is {record.runtime}")
+    ranks = {tensor.name: len(tensor.axes) for tensor in ENGINES[record.name].tensors}
     for kind, tensors in (("inputs", record.inputs), ("outputs", record.outputs)):
         if len({t.name for t in tensors}) < len(tensors):
             raise _contradiction(where, f"{path}.{kind}", [t.name for t in tensors], "names that differ")
@@ -481,8 +482,23 @@ def _check_engine(record: EngineRecord, path: str, where: str) -> None:
                 if unknown:
                     place = f"{path}.{kind}[{index}].axes"
                     raise _contradiction(where, place, axis, f"of names in ranges, which has no {unknown[0]}")
+            if (rank := ranks.get(tensor.name, len(tensor.axes))) != len(tensor.axes):
+                raise _contradiction(where, f"{path}.{kind}[{index}].axes", tensor.axes, f"a list of {rank} entries")
             if tensor.dtype == "compute":
                 raise _contradiction(where, f"{path}.{kind}[{index}].dtype", "compute", "resolved")
+    _check_sizes_are_given(record, path, where)
+
+
+def _check_sizes_are_given(record: EngineRecord, path: str, where: str) -> None:
+    """Refuse formulas of sizes that no input tells: shapes of outputs are computed from those of inputs."""
+    formulas = [axis_of(axis) for tensor in record.inputs for axis in tensor.axes if isinstance(axis, str)]
+    given = {name for formula in formulas if len(formula.terms) == 1 for name in formula.names}
+    for kind, tensors in (("inputs", record.inputs), ("outputs", record.outputs)):
+        for index, tensor in enumerate(tensors):
+            for axis in (a for a in tensor.axes if isinstance(a, str)):
+                if unknown := [name for name in axis_of(axis).names if name not in given]:
+                    place = f"{path}.{kind}[{index}].axes"
+                    raise _contradiction(where, place, axis, f"of sizes that inputs give, and none gives {unknown[0]}")
 
 
 def _contradiction(where: str, path: str, value: Any, accepted: str) -> BundleError:

@@ -18,7 +18,7 @@ from .manifest import EngineRecord, LoopDefaults, LoopOverrides, Manifest, Model
 from .request import LoopSettings, Request, Tensors
 from .sampling import SamplerName, Schedule, make_schedule
 from .seeds import new_seeds
-from .sizes import Sizes, decoder_size, grids_of, plan_sizes, range_of, tensor_of
+from .sizes import Sizes, decoder_size, grids_of, plan_sizes, range_of, shape_of, tensor_of
 from .stages import ENGINES, ITEM_SIZE, EngineSpec
 
 DenoiserName = Literal["stage_c", "stage_b"]
@@ -356,7 +356,7 @@ def _sizes(
                 "give another height and width",
                 field="init_image",
             )
-    grid = tensor_of(spec, "latents").shape({"batch": 1, "height": pixels[0], "width": pixels[1]})[2:]
+    grid = shape_of(spec, "latents", {"batch": 1, "height": pixels[0], "width": pixels[1]})[2:]
     decoder_pixels = (sizes.decoder[0] * facts.compression, sizes.decoder[1] * facts.compression)
     init = InitPlan(strength=strength, pixels=pixels, decoder_pixels=None if given.mask is None else decoder_pixels)
     return init, replace(sizes, prior=(grid[0], grid[1]))

@@ -35,6 +35,7 @@ from .pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open
 from .plan import DenoiserName, InitPlan, LoopPlan, Part, Plan, plan
 from .request import LoraFile, Request, Tensors, check_tensors
 from .sampling import cosine_alpha_bar, diffuse, timestep_embedding
+from .sizes import shape_of
 from .stages import ENGINES
 
 Array = NDArray[np.float32]
@@ -344,7 +345,7 @@ class Runner:
         # Stage B's grid: what the context engine's formulas give for the size of the latents
         spec = self.engines.record("stage_b.context").spec
         sizes = {"batch": planned.pictures, "height": loop.latents[2], "width": loop.latents[3]}
-        resized = resize_bilinear(image_embeddings, *spec.tensor("effnet").shape(sizes)[2:])
+        resized = resize_bilinear(image_embeddings, *shape_of(spec, "effnet", sizes)[2:])
         effnet = np.ascontiguousarray(resized)
         conditions = {
             "clip_text_pooled": denoising.with_negative(texts.pooled, texts.negative_pooled),

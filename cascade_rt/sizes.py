@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,23 @@ def range_of(engine: EngineRecord | EngineSpec, name: str) -> AxisRange:
             f"the manifest has no range of {name} for {engine.name}; build the bundle again with cascade-export"
         )
     return engine.ranges[name]
+
+
+def shape_of(spec: EngineSpec, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a tensor of an engine, for named sizes.
+
+    Raises:
+        BundleError: the manifest has no such tensor, or its axes do not follow from these sizes.
+    """
+    tensor = tensor_of(spec, name)
+    try:
+        return tensor.shape(sizes)
+    except (KeyError, ValueError):
+        told = ", ".join(f"{key} {size}" for key, size in sizes.items())
+        raise BundleError(
+            f"the manifest's engine {spec.name} has {name} with the axes {list(tensor.axes)}, which have no size for "
+            f"{told}; build the bundle again with cascade-export"
+        ) from None
 
 
 def tensor_of(spec: EngineSpec, name: str) -> TensorSpec:

@@ -146,8 +146,21 @@ def check_outputs(spec: EngineSpec, sizes: Mapping[str, int], outputs: Mapping[s
 
 
 def output_shapes(spec: EngineSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every output, from the sizes that `check_feeds` found in the inputs."""
-    return {tensor.name: tensor.shape(sizes) for tensor in spec.outputs}
+    """The shape of every output, from the sizes that `check_feeds` found in the inputs.
+
+    Raises:
+        EngineError: an axis would not be a whole number.
+    """
+    return {tensor.name: _shape_of(spec, tensor, sizes) for tensor in spec.outputs}
+
+
+def _shape_of(spec: EngineSpec, tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    try:
+        return tensor.shape(sizes)
+    except ValueError as error:
+        raise EngineError(
+            f"{spec.name}: {tensor.name} has no shape for these inputs; its axes are {list(tensor.axes)}: {error}"
+        ) from None
 
 
 def _check_input(spec: EngineSpec, tensor: TensorSpec, value: Value, sizes: dict[str, int]) -> None:
@@ -176,7 +189,7 @@ def _check_input(spec: EngineSpec, tensor: TensorSpec, value: Value, sizes: dict
 
 
 def _check_shape(spec: EngineSpec, tensor: TensorSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> None:
-    wanted = tensor.shape(sizes)
+    wanted = _shape_of(spec, tensor, sizes)
     if shape != wanted:
         raise EngineError(
             f"{spec.name}: {tensor.name} has shape {shape}; its axes are {list(tensor.axes)}, which is {wanted} here"
