@@ -118,7 +118,7 @@ PICTURES: list[tuple[dict[str, Any], list[str]]] = [
         ],
     ),
     (
-        {"seeds": (9,), "height": 100, "width": 73},
+        {"seeds": (9,), "height": 100, "width": 73, "preset": "fast"},
         ["--seed", "9", "--size", "73x100", "--preset", "fast"],
     ),
 ]
