@@ -420,6 +420,10 @@ UNKNOWN: list[tuple[Any, ...]] = [
 """Keys that no part of a manifest has."""
 
 
+# The C++ runtime does not check these two properties of the axes when it reads a manifest; Python does.
+PYTHON_ONLY = (" entries", "of sizes that inputs give")
+
+
 def damaged_manifests() -> Iterator[dict[str, Any]]:
     """The shipped manifest with one value changed or taken away."""
     document = json.loads((default_bundle_path() / MANIFEST).read_text())
@@ -455,6 +459,8 @@ def damaged_manifests() -> Iterator[dict[str, Any]]:
         try:
             Manifest.from_json(json.dumps(changed), "bundle/cascade.json")
         except CascadeError as error:
+            if any(words in str(error) for words in PYTHON_ONLY):
+                continue
             case["error"] = refusal(error)
         yield case
 
