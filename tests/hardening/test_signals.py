@@ -167,9 +167,9 @@ def test_thirty_moments_of_an_export(room: Path, vqgan: Path, exports: Exports, 
     stopped = 0
     for index in range(MOMENTS):
         number = SIGNALS[index % 3]
-        # the second half of the moments lies in the last tenth, where the bundle takes its place
+        # the second half of the moments lies around the end, where the bundle takes its place
         half = MOMENTS // 2
-        share = index / half * 0.9 if index < half else 0.9 + (index - half) / half * 0.12
+        share = index / half * 0.7 if index < half else 0.7 + (index - half) / half * 0.4
         begin()
         code, errors = exports.run(*common, number=number, moment=seconds * share)
         check_end(code, errors, number, 1.0 if index > 3 else 0.0)
@@ -185,4 +185,4 @@ def test_thirty_moments_of_an_export(room: Path, vqgan: Path, exports: Exports, 
             check_whole(place)
             assert stray(place) == set()
             assert not adding or (place / "NOTES.txt").read_text() == "mine"
-    assert stopped > MOMENTS // 3
+    assert stopped >= 5, "moments of work, and not only of what is done"
