@@ -123,7 +123,6 @@ def serve(args: argparse.Namespace) -> None:
         keys=keys, timeout=args.timeout, finish_abandoned=args.finish_abandoned, log_prompts=args.log_prompts
     )
     app = make_app(pool, settings, metrics)
-    log_as_json()
     with listen(args.host, args.port) as listener:
         if not is_loopback(args.host) and not keys:
             print(
@@ -134,6 +133,7 @@ def serve(args: argparse.Namespace) -> None:
         port = listener.getsockname()[1]
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"cascade-serve: http://{host}:{port} (models: {', '.join(bundles)})", file=sys.stderr, flush=True)
+        log_as_json()
         run(app, listener, args.grace)
 
 

@@ -1,4 +1,8 @@
-"""A real uvicorn in a thread, with the shipped bundle behind it, and OpenAI's own client."""
+"""A real uvicorn in a thread, with the shipped bundle behind it, and OpenAI's own client.
+
+Nothing here waits without an end: clients and requests have time limits, and a service whose test failed is stopped
+like any other.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +33,14 @@ from cascade_rt.serve.batcher import Limits
 from cascade_rt.serve.local import local_pool
 from cascade_rt.serve.metrics import Metrics
 
+REQUEST_SECONDS = 120.0
+"""That a request of the tests may take; the service gives it up then."""
+CLIENT_SECONDS = 60.0
+STOP_SECONDS = 30.0
+
 
 class Service:
-    """A service that runs in a thread of the tests."""
+    """A service that runs in a thread of the tests; `start` begins, and `stop` ends it whatever runs."""
 
     def __init__(self, bundles: dict[str, Bundle], limits: Limits, settings: Settings) -> None:
         self.metrics = Metrics()
@@ -41,28 +50,39 @@ class Service:
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._server.serve(sockets=[self._socket])), daemon=True
+            target=lambda: asyncio.run(self._server.serve(sockets=[self._socket])), name="service", daemon=True
         )
+
+    def start(self) -> None:
+        """Serve, and wait until the engines are loaded."""
         self._thread.start()
         wait_until(lambda: self.state.ready, 60)
 
     def client(self, **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=options.pop("api_key", "test"), max_retries=0, **options)
+        options = {"api_key": "test", "max_retries": 0, "timeout": CLIENT_SECONDS, **options}
+        return OpenAI(base_url=f"{self.url}/v1", **options)
 
     def http(self, **options: Any) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=60, **options)
+        return httpx2.Client(base_url=self.url, timeout=CLIENT_SECONDS, **options)
 
     @property
     def load(self) -> int:
         """Pictures that wait or are drawn."""
         return sum(batcher.load for batcher in self.pool._batchers)
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Tell it to end: requests that run are given up after two seconds."""
         self._server.should_exit = True
-        self._thread.join(30)
-        assert not self._thread.is_alive()
+
+    def ended(self) -> bool:
+        """Whether its thread ended, after up to `STOP_SECONDS`."""
+        if self._thread.ident is not None:
+            self._thread.join(STOP_SECONDS)
+        self._socket.close()
+        return not self._thread.is_alive()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -86,12 +106,15 @@ def make_service(shipped: Path) -> Iterator[Callable[..., Service]]:
     made: list[Service] = []
 
     def make(limits: Limits | None = None, **settings: Any) -> Service:
-        made.append(Service({"cascade-tiny": Bundle(shipped)}, limits or Limits(), Settings(**settings)))
+        own = Settings(**{"timeout": REQUEST_SECONDS, **settings})
+        made.append(Service({"cascade-tiny": Bundle(shipped)}, limits or Limits(), own))
+        made[-1].start()
         return made[-1]
 
     yield make
     for service in made:
-        service.close()
+        service.stop()
+    assert [service.url for service in made if not service.ended()] == []
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ class Gate(Metrics):
     def call(self, engine: str, rows: int) -> Iterator[None]:
         if not self.open:
             self._arrived.release()
-            self._tickets.acquire()
+            assert self._tickets.acquire(timeout=60), "nobody lets the call through"
         self.calls.append((engine, rows))
         with super().call(engine, rows):
             yield
@@ -94,13 +94,13 @@ Made = tuple[Batcher, Gate, Callable[..., Any]]
 
 @pytest.fixture
 def make(shipped: Any) -> Iterator[Callable[..., Made]]:
-    batchers: list[Batcher] = []
+    batchers: list[tuple[Batcher, Gate]] = []
 
     def made(**limits: Any) -> Made:
         gate = Gate()
         runner = Runner(Bundle(shipped), "cpu", False, EngineOptions())
         batcher = Batcher({"tiny": runner}, Limits(**limits), gate)
-        batchers.append(batcher)
+        batchers.append((batcher, gate))
         batcher.start()
         batcher.wait_ready()
         gate.calls.clear()
@@ -121,8 +121,10 @@ def make(shipped: Any) -> Iterator[Callable[..., Made]]:
         return batcher, gate, order
 
     yield made
-    for batcher in batchers:
+    for batcher, gate in batchers:
+        gate.let_all()  # a test that failed may have left it shut
         batcher.close()
+    assert not any(batcher._thread.is_alive() for batcher, _ in batchers)
 
 
 def alone(pipe: CascadePipeline, **options: Any) -> np.ndarray:

@@ -155,7 +155,7 @@ def test_bodies_together_are_bounded(make_service: Callable[..., Service]) -> No
         b"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
         b"content-length: 120000\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", tight.port)) as first:
+    with socket.create_connection(("127.0.0.1", tight.port), timeout=10) as first:
         first.sendall(head + b" " * 100_000)
         time.sleep(0.3)
         with tight.http() as http:

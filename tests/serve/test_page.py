@@ -14,6 +14,8 @@ import pytest
 from .conftest import Service, wait_until
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")
+COMMAND_SECONDS = 60.0
+"""That a command to the browser may take."""
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
@@ -36,8 +38,13 @@ def browser() -> Iterator[Any]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
+    try:
+        driver.command_executor.client_config.timeout = COMMAND_SECONDS  # the driver's own, to begin, is 120 s
+        driver.set_page_load_timeout(COMMAND_SECONDS / 2)
+        driver.set_script_timeout(COMMAND_SECONDS / 2)
+        yield driver
+    finally:
+        driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import socket
@@ -22,11 +23,24 @@ from cascade_rt.serve import cli
 
 from .conftest import wait_until
 
+LOGGERS = ("cascade_rt.serve", "uvicorn.error")
 COMMAND = [sys.executable, "-m", "cascade_rt.serve.cli"]
 
 
+@pytest.fixture(autouse=True)
+def no_service_of_the_tests_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What should have been refused and was not ends the test, instead of serving for ever."""
+
+    def run(*_: object) -> None:
+        raise AssertionError("it began to serve")
+
+    monkeypatch.setattr(cli, "run", run)
+
+
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    before = [list(logging.getLogger(name).handlers) for name in LOGGERS]
     assert cli.main(list(argv)) in (1, 2)
+    assert before == [logging.getLogger(name).handlers for name in LOGGERS]  # it leaves the log as it was
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
@@ -97,7 +111,9 @@ def test_loopback(host: str, only_here: bool) -> None:
 
 class Process:
     def __init__(self, *argv: str) -> None:
-        self.process = subprocess.Popen([*COMMAND, "--port", "0", *argv], stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [*COMMAND, "--port", "0", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -127,13 +143,13 @@ def process(*argv: str) -> Iterator[Process]:
         yield made
     finally:
         made.process.kill()
-        made.process.wait()
+        made.process.wait(30)
 
 
 def test_a_taken_port_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = subprocess.run(
-            [*COMMAND, "--port", str(taken.getsockname()[1])], capture_output=True, check=False, text=True
+            [*COMMAND, "--port", str(taken.getsockname()[1])], capture_output=True, check=False, text=True, timeout=60
         )
     assert done.returncode == 1
     assert "cannot be listened on" in done.stderr
@@ -146,7 +162,8 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes() -> None:
         answers: list[httpx2.Response] = []
         body = {"prompt": "a star", "num_inference_steps": 150, "seed": 0}
         asking = threading.Thread(
-            target=lambda: answers.append(httpx2.post(f"{mine.url}/v1/images/generations", json=body, timeout=60))
+            target=lambda: answers.append(httpx2.post(f"{mine.url}/v1/images/generations", json=body, timeout=60)),
+            daemon=True,
         )
         asking.start()
         time.sleep(0.5)
@@ -154,7 +171,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes() -> None:
         time.sleep(0.3)
         with pytest.raises(httpx2.TransportError):
             httpx2.post(f"{mine.url}/v1/images/generations", json=body, timeout=5)
-        asking.join()
+        asking.join(70)
         assert answers[0].status_code == 200
         assert mine.process.wait(20) == 0
     assert "Traceback" not in "".join(mine.lines)
@@ -171,14 +188,14 @@ def test_sigterm_does_not_wait_longer_than_the_grace() -> None:
             answer = httpx2.post(f"{mine.url}/v1/images/generations", json=body, timeout=60)
             statuses.extend([answer.status_code, int(answer.headers["retry-after"])])
 
-        asking = threading.Thread(target=ask)
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         time.sleep(0.5)
         started = time.monotonic()
         mine.process.send_signal(signal.SIGTERM)
         assert mine.process.wait(20) == 0
         assert time.monotonic() - started < 6
-        asking.join()
+        asking.join(70)
         assert statuses == [503, 2]
 
 

@@ -153,7 +153,8 @@ class Triton:
         """Run a client in the other environment; it writes arrays."""
         addresses = [f"127.0.0.1:{port}" for port in self.ports[:2]]
         head = f"import numpy as np\nHTTP, GRPC, INTO = {[*addresses, str(into)]!r}\n"
-        done = subprocess.run([PYTHON, "-c", head + textwrap.dedent(code)], capture_output=True, text=True, check=False)
+        command = [PYTHON, "-c", head + textwrap.dedent(code)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr
         with np.load(into) as found:
             return dict(found)
@@ -164,6 +165,7 @@ class Triton:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait(30)
         self.log.close()
 
 
