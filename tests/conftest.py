@@ -46,6 +46,20 @@ SLOW_FILES = (
 ``slow`` as a whole, because their tests share what they set up; a single slow test elsewhere has the mark itself."""
 
 
+GROUPS = {
+    "hardening/test_signals.py": "signals",
+    "cpp/test_*.py": "cpp",
+    "parity/test_engines.py": "parity",
+    "parity/test_loops.py": "parity",
+    "export/test_tensorrt.py": "tensorrt",
+    "export/test_export.py": "export",
+    "serve/test_batcher.py": "batcher",
+    "serve/test_ray.py": "ray",
+}
+"""Files whose tests run in one worker one after the other, because they share what they set up: those of one group, and
+of every other file by itself. The longest groups come first, so that no worker is left alone with one at the end."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
@@ -72,10 +86,16 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `SLOW_FILES`, which `make check` leaves out."""
+    """Mark the tests of `SLOW_FILES`, which `make check` leaves out, and put them in order by `GROUPS`."""
+    order = [*GROUPS.values()]
+    places: dict[str, int] = {}
     for item in items:
         if any(item.path.match(pattern) for pattern in SLOW_FILES):
             item.add_marker(pytest.mark.slow)
+        group = next((name for pattern, name in GROUPS.items() if item.path.match(pattern)), None)
+        item.add_marker(pytest.mark.xdist_group(group or "/".join(item.path.parts[-2:])))
+        places[item.nodeid] = len(order) if group is None else order.index(group)
+    items.sort(key=lambda item: places[item.nodeid])
 
 
 @pytest.hookimpl(wrapper=True)
