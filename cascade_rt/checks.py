@@ -119,6 +119,17 @@ def check_choice(name: str, value: Any, accepted: Sequence[str]) -> str:
     return value
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        RequestError: anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise refused(name, value, "True or False")
+    return bool(value)
+
+
 def as_prompts(name: str, prompt: Any) -> tuple[str, ...]:
     """One prompt or several.
 

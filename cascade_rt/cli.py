@@ -36,6 +36,7 @@ from .request import ImagePrompt, LoopSettings, LoraFile, Request
 from .runner import StepEnd
 from .sampling import SAMPLERS
 from .seeds import new_seeds
+from .stages import CONTROLS
 
 RUN_EXAMPLES = """examples:
   cascade-run "a red circle" -o circle.png --seed 0
@@ -44,6 +45,7 @@ RUN_EXAMPLES = """examples:
   cascade-run --from star-2.png --steps 30 -o finer.png
   cascade-run --image photo.jpg:0.8 "in winter" -o winter.png
   cascade-run "a green star" --init circle.png --strength 0.7 -o star.png
+  cascade-run "a red star" --control star.png -o red-star.png
   cascade-run --reconstruct circle.png -o again.png
 """
 INFO_EXAMPLES = """examples:
@@ -81,7 +83,15 @@ def run_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="0..1, how much of it is drawn anew (default: 0.8, or 1 with --mask)",
     )
-    add("--mask", type=as_place, metavar="FILE", help="white where the picture of --init is drawn anew; black is kept")
+    add(
+        "--mask",
+        type=as_place,
+        metavar="FILE",
+        help="white where the picture of --init is drawn anew, or what --control fills",
+    )
+    add("--control", type=as_place, metavar="FILE[:SCALE]", help="picture that a ControlNet of the bundle follows")
+    add("--control-kind", metavar="NAME", help=f"{', '.join(CONTROLS)} (default: the bundle's only ControlNet)")
+    add("--control-filtered", action="store_true", help="--control shows the edges themselves, white on black")
     add(
         "--lora",
         action="append",
@@ -175,10 +185,11 @@ def requested(args: argparse.Namespace) -> Request:
     if args.reconstruct is not None and (args.init is not None or args.source is not None):
         raise RequestError("--reconstruct stands alone; leave --init and --from out")
     init = args.reconstruct if args.reconstruct is not None else args.init
-    if args.source is None and args.prompt is None and init is None and not args.image:
+    if args.source is None and args.prompt is None and init is None and not args.image and args.control is None:
         raise RequestError("there is no prompt; write what to draw, for example: cascade-run 'a red circle'")
     base = Request() if args.source is None else Request.from_json(read_request(args.source))
     width, height = parse_size(args.size)
+    control = None if args.control is None else parse_weighted("--control", args.control)
     count = check_pictures("num_images_per_prompt", given_or(args.images, 1))
     seeds = base.seeds
     if args.seed is not None or args.images is not None or seeds is None:
@@ -196,10 +207,15 @@ def requested(args: argparse.Namespace) -> Request:
         seeds=seeds,
         sampler=given_or(args.sampler, base.sampler),
         preset=given_or(args.preset, base.preset),
-        images=tuple(map(parse_image, args.image)) or base.images,
+        images=tuple(ImagePrompt(image=f, weight=w) for f, w in (parse_weighted("--image", x) for x in args.image))
+        or base.images,
         init_image=given_or(init, base.init_image),
         strength=0.0 if args.reconstruct is not None else given_or(args.strength, base.strength),
         mask_image=given_or(args.mask, base.mask_image),
+        control_image=given_or(None if control is None else control[0], base.control_image),
+        control_scale=base.control_scale if control is None else control[1],
+        control_kind=given_or(args.control_kind, base.control_kind),
+        control_filtered=args.control_filtered or (base.control_filtered and control is None),
         loras=tuple(LoraFile(file=str(x.path), scale=x.scale) for x in map(parse_lora, args.lora)) or base.loras,
         prior=_loop(base.prior, args.steps, args.guidance),
         decoder=_loop(base.decoder, args.decoder_steps, args.decoder_guidance),
@@ -222,22 +238,23 @@ def _loop(base: LoopSettings, steps: int | None, scale: float | None) -> LoopSet
     )
 
 
-def parse_image(text: str) -> ImagePrompt:
-    """``FILE`` or ``FILE:WEIGHT``.
+def parse_weighted(flag: str, text: str) -> tuple[str, float]:
+    """``FILE`` or ``FILE:WEIGHT``; the weight is 1 where there is none.
 
     Raises:
-        RequestError: the weight is no finite number.
+        RequestError: the weight is no number.
     """
     head, colon, tail = text.rpartition(":")
     if not colon or Path(text).is_file():
-        return ImagePrompt(image=text)
+        return text, 1.0
     try:
-        weight = float(tail)
+        return head, float(tail)
     except ValueError:
+        what = "scale" if flag == "--control" else "weight"
         raise RequestError(
-            f"--image {shown(text)}: {shown(tail)} is no weight; write FILE or FILE:WEIGHT, for example photo.jpg:0.8"
+            f"{flag} {shown(text)}: {shown(tail)} is no {what}; write FILE or FILE:{what.upper()}, for example "
+            "photo.jpg:0.8"
         ) from None
-    return ImagePrompt(image=head, weight=weight)
 
 
 def check_output(path: Path) -> None:

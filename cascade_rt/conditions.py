@@ -32,6 +32,7 @@ class Embeddings:
         images: ``[1, n, I]`` float32, CLIP embeddings of the pictures to vary.
         init: ``[1, 16, h, w]`` float32, latents of the picture that is begun from.
         init_free: ``[1, 1, h, w]`` float32, 1 where they are drawn anew; None: everywhere.
+        residuals: ``[1, n, h, w, C]`` float32, what a ControlNet adds to Stage C, on its grid.
         decoder_init: ``[1, 4, H, W]`` float32, the same picture as Stage B's latents, where a mask keeps a part.
         decoder_free: ``[1, 1, H, W]`` float32, the mask on their grid.
     """
@@ -43,6 +44,7 @@ class Embeddings:
     images: Array | None = None
     init: Array | None = None
     init_free: Array | None = None
+    residuals: Array | None = None
     decoder_init: Array | None = None
     decoder_free: Array | None = None
 

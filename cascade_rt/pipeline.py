@@ -27,7 +27,7 @@ from .outputs import CascadeOutput
 from .pictures import open_mask, open_picture, pictures_to_vary
 from .plan import Plan
 from .prior import PriorPipeline
-from .request import LoopSettings, LoraFile, Prompt, Request, Tensors
+from .request import ControlKind, LoopSettings, LoraFile, Prompt, Request, Tensors
 from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
 from .seeds import seeds_and_noise
@@ -264,6 +264,10 @@ class CascadePipeline:
         init_image: Any = None,
         strength: float | None = None,
         mask_image: Any = None,
+        control_image: Any = None,
+        control_scale: float = 1.0,
+        control_kind: ControlKind | None = None,
+        control_filtered: bool = False,
     ) -> Any:
         """Make pictures.
 
@@ -299,7 +303,12 @@ class CascadePipeline:
             image_embeds: ``[1, n, I]`` CLIP image embeddings, instead of ``images``.
             init_image: picture to begin from (PIL or a path); the result has its aspect unless a size is given.
             strength: 0..1, how much of it is drawn anew; None is 0.8, or 1 with a mask.
-            mask_image: white where it is drawn anew; black is kept.
+            mask_image: white where it is drawn anew, or what the inpainting ControlNet fills; black is kept.
+            control_image: picture that a ControlNet follows (PIL or a path); the result has its aspect unless a size is
+                given.
+            control_scale: factor of what the ControlNet adds, -10..10.
+            control_kind: ``canny``, ``inpainting``, ``super_resolution`` or ``picture``; None: the bundle's only one.
+            control_filtered: ``control_image`` shows its edges already; no filter is needed.
 
         Returns:
             `CascadeOutput`.
@@ -334,6 +343,9 @@ class CascadePipeline:
                 guidance_scale=decoder_guidance_scale,  # type: ignore[arg-type]
             ),
             strength=strength,
+            control_scale=control_scale,
+            control_kind=control_kind,
+            control_filtered=control_filtered,
             output_type=output_type,  # type: ignore[arg-type]
         )
         given = Tensors(
@@ -343,6 +355,7 @@ class CascadePipeline:
             negative_prompt_embeds_pooled=negative_prompt_embeds_pooled,
             image_embeds=image_embeds,
             images=pictures_to_vary(images),
+            control=None if control_image is None else open_picture("control_image", control_image),
             init_image=None if init_image is None else open_picture("init_image", init_image),
             mask=None if mask_image is None else open_mask("mask_image", mask_image),
             latents=latents,

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .checks import given_or
-from .errors import BundleError, RequestError, refused
+from .errors import BundleError, RequestError, refused, shown
 from .manifest import EngineRecord, LoopDefaults, LoopOverrides, Manifest, ModelFacts, Preset, SamplerPreset
-from .request import LoopSettings, Request, Tensors
+from .request import ControlKind, LoopSettings, Request, Tensors
 from .sampling import SamplerName, Schedule, make_schedule
 from .seeds import new_seeds
 from .sizes import Sizes, decoder_size, grids_of, plan_sizes, range_of, shape_of, tensor_of
@@ -26,6 +26,10 @@ INIT_STRENGTH = 0.8
 """Of the authors' image-to-image notebook."""
 ENCODER_STRIDE = 32
 """Pixels of the semantic encoder's input that a Stage C latent stands for."""
+
+CONTROL = "control"
+"""The feature of Stage C's engines that take a ControlNet's residuals."""
+STAGE_C = ("stage_c.context", "stage_c.step")
 
 Part = Literal["picture", "prior", "decoder"]
 """What is run: the whole cascade, Stage C alone, or Stages B and A on given image embeddings."""
@@ -41,6 +45,7 @@ class LoopPlan:
         scales: ``[steps, B]`` float64: guidance scale of every step and picture; up to 1 is none, as in diffusers.
         rescale: rho of `sampling.guide`.
         latents: ``(B, C, H, W)``.
+        features: of the engines that run it, sorted.
     """
 
     stage: DenoiserName
@@ -48,6 +53,7 @@ class LoopPlan:
     scales: NDArray[np.float64]
     rescale: float
     latents: tuple[int, int, int, int]
+    features: tuple[str, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -81,6 +87,23 @@ class InitPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlPlan:
+    """How a control picture is made into residuals.
+
+    Attributes:
+        kind: of the ControlNet.
+        engine: that makes them.
+        pixels: (height, width) that the control picture is resized to; of super-resolution: that the encoder is given.
+        channels: of the engine's input.
+    """
+
+    kind: ControlKind
+    engine: str
+    pixels: tuple[int, int]
+    channels: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A request, planned.
 
@@ -91,6 +114,7 @@ class Plan:
         seeds: one for all, or one for every picture.
         sizes: of every stage.
         init: of a picture that is begun from; None where there is none.
+        control: of a picture that a ControlNet follows; None where there is none.
         prior: Stage C's loop; None for the decoder alone, and where only encoded latents are decoded.
         decoder: Stage B's loop; None for the prior alone.
         latent_scale: Stage A decodes Stage B's latents times this.
@@ -104,11 +128,20 @@ class Plan:
     seeds: tuple[int, ...]
     sizes: Sizes
     init: InitPlan | None
+    control: ControlPlan | None
     prior: LoopPlan | None
     decoder: LoopPlan | None
     latent_scale: float
     engines: tuple[str, ...]
     memory: int
+
+    @property
+    def engine_keys(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """The engines with their features, in the order in which they run."""
+        features: dict[str, tuple[str, ...]] = {
+            loop.stage: loop.features for loop in (self.prior, self.decoder) if loop is not None
+        }
+        return tuple((name, features.get(name.partition(".")[0], ())) for name in self.engines)
 
     @property
     def needs_negative(self) -> bool:
@@ -130,14 +163,18 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         BundleError: an engine is missing that the request needs, or what a denoiser predicts is not recorded.
     """
     given = given or Tensors()
+    kind = _control_kind(request, manifest, given, part)
+    if kind == "super_resolution":  # without guidance, as the authors do
+        request = replace(request, prior=_overridden(request.prior, LoopOverrides(guidance_scale=1.0)))
     request = _with_preset(request, manifest)
-    engines = _engines(request, manifest, given, part)
-    records = {name: _record(manifest, name) for name in engines}
+    engines = _engines(request, manifest, given, part, kind)
+    features: dict[str, tuple[str, ...]] = {} if kind is None else dict.fromkeys(STAGE_C, (CONTROL,))
+    records = {name: _record(manifest, name, features.get(name, ())) for name in engines}
     sampler, preset = _preset(request, manifest)
     prompts = _prompt_count(request, given, part)
     pictures = _picture_count(request, given, prompts, part)
     seeds = _seeds(request, pictures)
-    strength = _strength(request, given)
+    strength = _strength(request, given, kind)
     init, sizes = _sizes(request, manifest, sampler, given, part, strength)
     loops: dict[DenoiserName, LoopPlan | None] = {"stage_c": None, "stage_b": None}
     settings: dict[DenoiserName, tuple[LoopSettings, LoopDefaults, str, tuple[int, int], Any]] = {
@@ -156,6 +193,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
             scales=_scales(field, own, defaults, len(schedule), pictures, prompts),
             rescale=defaults.guidance_rescale,
             latents=(pictures, _channels(spec), *size),
+            features=features.get(f"{stage}.step", ()),
         )
         _check_loop(loop, spec, size)
         _check_latents(latents, loop)
@@ -169,6 +207,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         height=request.height if part == "decoder" else given_or(request.height, manifest.model.height),
         width=request.width if part == "decoder" else given_or(request.width, manifest.model.width),
         num_images_per_prompt=pictures // prompts,
+        control_kind=kind,
         seeds=seeds,
         sampler=sampler,
         strength=None if init is None else strength,
@@ -182,6 +221,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         seeds=seeds,
         sizes=sizes,
         init=init,
+        control=None if kind is None else _control(kind, records, sizes),
         prior=prior,
         decoder=decoder,
         latent_scale=preset.latent_scale,
@@ -190,32 +230,96 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
     )
 
 
-def _engines(request: Request, manifest: Manifest, given: Tensors, part: Part) -> tuple[str, ...]:
+def _control_kind(request: Request, manifest: Manifest, given: Tensors, part: Part) -> ControlKind | None:
+    """Which ControlNet a request is for; None: none.
+
+    Raises:
+        RequestError: the kind is not told, is not in the bundle, or lacks what it needs.
+        BundleError: the bundle has no ControlNet.
+    """
+    if given.control is None:
+        if request.control_kind is not None and part != "decoder":
+            raise RequestError("control_kind is given without control_image, to which it belongs", field="control_kind")
+        return None
+    there = [kind for kind in get_args(ControlKind) if manifest.records(f"controlnet.{kind}")]
+    if request.control_kind is None and len(there) > 1:
+        raise RequestError(
+            f"the bundle has {len(there)} ControlNets; say which with control_kind: {', '.join(there)}",
+            field="control_kind",
+            accepted=", ".join(there),
+        )
+    kind: ControlKind = given_or(request.control_kind, there[0] if there else "canny")
+    if kind == "inpainting" and given.mask is None:
+        raise RequestError("control_kind inpainting needs mask_image, which says what is filled", field="mask_image")
+    if given.init_image is not None and _strength(request, given, kind) == 0:
+        raise RequestError("control_image has no effect at strength 0, where Stage C does not run", field="strength")
+    model, stage_c = manifest.models.get(f"controlnet_{kind}"), manifest.models.get("stage_c")
+    if model is not None and stage_c is not None and manifest.records("stage_c.step", features=(CONTROL,)):
+        wanted, taken = model.config.get("proj_blocks"), stage_c.config.get("control_blocks")
+        if wanted != taken:
+            raise BundleError(
+                f"the bundle's ControlNet {kind} is for the blocks {shown(wanted)} of Stage C, whose engines take "
+                f"residuals at {shown(taken)}; make them anew with: cascade-export --stage c --control --overwrite "
+                f"--control-blocks {','.join(map(str, wanted or ()))}"
+            )
+    return kind
+
+
+def _control(kind: ControlKind, records: dict[str, EngineRecord], sizes: Sizes) -> ControlPlan:
+    """How the control picture is encoded.
+
+    Raises:
+        RequestError: the ControlNet does not take the size that it would have.
+    """
+    spec = records[f"controlnet.{kind}"].spec
+    channels = tensor_of(spec, "control").axes[1]
+    if not isinstance(channels, int):
+        raise BundleError(f"the manifest leaves the channels of {spec.name} open: {channels}")
+    if kind == "super_resolution":  # the encoder sees half of the picture's size
+        spec = records["effnet_encoder"].spec
+        pixels = tuple(-(-side // 2) * ENCODER_STRIDE for side in sizes.prior)
+    else:
+        pixels = tuple(side * ENCODER_STRIDE for side in sizes.prior)
+    for name, side in zip(("height", "width"), pixels, strict=True):
+        if not range_of(spec, name).accepts(side):
+            raise RequestError(
+                f"control_image would be encoded at {name} {side}; {spec.name} takes {range_of(spec, name)}; "
+                "give another height and width",
+                field="control_image",
+            )
+    return ControlPlan(kind=kind, engine=f"controlnet.{kind}", pixels=(pixels[0], pixels[1]), channels=channels)
+
+
+def _engines(
+    request: Request, manifest: Manifest, given: Tensors, part: Part, kind: ControlKind | None
+) -> tuple[str, ...]:
     """The engines of a request, in the order in which they run."""
     names: list[str] = []
     if _needs_text_encoder(request, manifest, given, part):
         names.append("text_encoder")
     if part != "decoder":
         names += ["image_encoder"] if given.images else []
-        names += ["effnet_encoder"] if given.init_image is not None else []
-        if given.init_image is None or _strength(request, given) > 0:
-            names += ["stage_c.context", "stage_c.step"]
+        names += ["effnet_encoder"] if given.init_image is not None or kind == "super_resolution" else []
+        names += [] if kind is None else [f"controlnet.{kind}"]
+        if given.init_image is None or _strength(request, given, kind) > 0:
+            names += STAGE_C
     if part != "prior":
-        names += ["stage_a.encode"] if given.mask is not None else []
+        names += ["stage_a.encode"] if given.mask is not None and given.init_image is not None else []
         names += ["stage_b.context", "stage_b.step"]
         if request.output_type != "latent":
             names.append("stage_a.decode")
     return tuple(names)
 
 
-def _strength(request: Request, given: Tensors) -> float:
+def _strength(request: Request, given: Tensors, kind: ControlKind | None) -> float:
     """Time at which Stage C begins from a picture.
 
     Raises:
         RequestError: a strength or a mask without a picture to begin from.
     """
     if given.init_image is None:
-        for name, value in (("strength", request.strength), ("mask_image", given.mask)):
+        mask = None if kind == "inpainting" else given.mask
+        for name, value in (("strength", request.strength), ("mask_image", mask)):
             if value is not None:
                 raise RequestError(f"{name} is given without init_image, to which it belongs", field=name)
     return float(given_or(request.strength, INIT_STRENGTH if given.mask is None else 1.0))
@@ -235,12 +339,12 @@ def _needs_text_encoder(request: Request, manifest: Manifest, given: Tensors, pa
     return guided and given.negative_prompt_embeds_pooled is None
 
 
-def _record(manifest: Manifest, name: str) -> EngineRecord:
-    records = manifest.records(name)
+def _record(manifest: Manifest, name: str, features: tuple[str, ...] = ()) -> EngineRecord:
+    records = manifest.records(name, features=features)
     if not records:
-        raise BundleError(
-            f"the bundle has no engine {name}; add it with: cascade-export --stage {ENGINES[name].stage}", field=name
-        )
+        wanted = " ".join([name, *(f"with {feature}" for feature in features)])
+        flags = " ".join([f"--stage {ENGINES[name].stage}", *(f"--{feature}" for feature in features)])
+        raise BundleError(f"the bundle has no engine {wanted}; add it with: cascade-export {flags}", field=name)
     return records[0]
 
 
@@ -286,7 +390,8 @@ def _overridden(own: LoopSettings, preset: LoopOverrides) -> LoopSettings:
 
 def _prompt_count(request: Request, given: Tensors, part: Part) -> int:
     embedded = given.prompt_embeds is not None or given.prompt_embeds_pooled is not None
-    if request.prompt is None and not embedded and (given.images or given.init_image is not None):
+    pictures = given.images or given.init_image is not None or given.control is not None
+    if request.prompt is None and not embedded and pictures:
         return 1  # the empty prompt beside pictures
     if (request.prompt is None) != embedded:
         what = "and not both" if embedded else "to say what to draw"
@@ -338,8 +443,9 @@ def _sizes(
             decoder = decoder_size(prior, facts, grids[1])
             return None, Sizes(prior, decoder, (decoder[0] * facts.compression, decoder[1] * facts.compression))
     height, width = request.height, request.width
-    if given.init_image is not None and height is None and width is None:
-        height, width = _size_like(given.init_image.size, facts)
+    shown_picture = given.init_image or given.control
+    if shown_picture is not None and height is None and width is None:
+        height, width = _size_like(shown_picture.size, facts)
     sizes = plan_sizes(facts, grids, sampler, given_or(height, facts.height), given_or(width, facts.width))
     if part == "decoder":
         return None, replace(sizes, prior=prior)

@@ -20,6 +20,7 @@ from .checks import (
     MAX_PICTURES,
     as_array,
     as_prompts,
+    check_bool,
     check_choice,
     check_integer,
     check_number,
@@ -43,6 +44,10 @@ OutputType = Literal["pil", "np", "latent"]
 
 MAX_LORAS = 16
 MAX_LORA_SCALE = 1000
+MAX_CONTROL_SCALE = 10
+
+ControlKind = Literal["canny", "inpainting", "super_resolution", "picture"]
+"""The kinds of ControlNets: `stages.CONTROLS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +117,11 @@ class Request:
         init_image: picture to begin from, a path or a ``data:`` URI.
         strength: how much of ``init_image`` is drawn anew: 0 only encodes and decodes it, 1 begins at pure noise; None
             is 0.8, or 1 with a mask.
-        mask_image: white where ``init_image`` is drawn anew; black is kept.
+        mask_image: white where ``init_image`` is drawn anew, or what the inpainting ControlNet fills; black is kept.
+        control_image: picture that a ControlNet follows, a path or a ``data:`` URI.
+        control_scale: factor of what the ControlNet adds to Stage C, -10..10.
+        control_kind: which ControlNet; None: the only one of the bundle.
+        control_filtered: ``control_image`` shows already what the kind's filter would find in it, white on black.
         loras: LoRA files that are applied, beside those of `CascadePipeline.load_lora_weights`.
         output_type: ``pil``, ``np`` or ``latent``.
 
@@ -135,6 +144,10 @@ class Request:
     init_image: str | None = None
     strength: float | None = None
     mask_image: str | None = None
+    control_image: str | None = None
+    control_scale: float = 1.0
+    control_kind: ControlKind | None = None
+    control_filtered: bool = False
     loras: tuple[LoraFile, ...] = ()
     output_type: OutputType = "pil"
 
@@ -156,6 +169,10 @@ class Request:
             "init_image": optional(_check_place, "init_image", self.init_image),
             "strength": optional(check_share, "strength", self.strength),
             "mask_image": optional(_check_place, "mask_image", self.mask_image),
+            "control_image": optional(_check_place, "control_image", self.control_image),
+            "control_scale": check_number("control_scale", self.control_scale, MAX_CONTROL_SCALE),
+            "control_kind": _kind_or_none(self.control_kind),
+            "control_filtered": check_bool("control_filtered", self.control_filtered),
             "loras": _lora_files(self.loras),
             "output_type": check_choice("output_type", self.output_type, get_args(OutputType)),
         }
@@ -221,6 +238,7 @@ class Tensors:
         images: opened `Request.images`, each with its weight.
         init_image: opened `Request.init_image`.
         mask: opened `Request.mask_image`, ``[H, W]`` bool.
+        control: opened `Request.control_image`.
         latents: ``[B, 16, h, w]``, initial Stage C noise instead of the seeds'.
         image_embeddings: ``[N, 16, h, w]``, Stage C's result, for the decoder alone.
         decoder_latents: ``[B, 4, H/4, W/4]``, initial Stage B noise instead of the seeds'.
@@ -234,6 +252,7 @@ class Tensors:
     images: tuple[tuple[Image, float], ...] = ()
     init_image: Image | None = None
     mask: Mask | None = None
+    control: Image | None = None
     latents: Any = None
     image_embeddings: Any = None
     decoder_latents: Any = None
@@ -309,6 +328,13 @@ def _lora_files(loras: Any) -> tuple[LoraFile, ...]:
             raise refused(name, one, "an object with file and scale")
         made.append(LoraFile(file=given.file, scale=check_number(f"{name}.scale", given.scale, MAX_LORA_SCALE)))
     return tuple(made)
+
+
+def _kind_or_none(kind: Any) -> ControlKind | None:
+    if kind is None:
+        return None
+    check_choice("control_kind", kind, get_args(ControlKind))
+    return kind  # type: ignore[no-any-return]  # one of the words
 
 
 def _check_place(name: str, place: Any) -> str:

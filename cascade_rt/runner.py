@@ -22,6 +22,7 @@ from .backends.base import EngineOptions
 from .bundle import Bundle
 from .checks import as_array
 from .conditions import Embeddings, embed_texts, encode_texts, host
+from .control import control_pixels, enlarged, on_grid
 from .errors import BundleError, EngineError, GenerationInterrupted, RequestError, refused, shown
 from .files import name_of
 from .image import colours_of, crop_center, resize_bilinear, to_pil
@@ -32,7 +33,7 @@ from .noise import PictureNoise
 from .outputs import CascadeOutput, PriorOutput
 from .overlay import label_of, write_overlay
 from .pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open_picture
-from .plan import DenoiserName, InitPlan, LoopPlan, Part, Plan, plan
+from .plan import CONTROL, STAGE_C, ControlPlan, DenoiserName, InitPlan, LoopPlan, Part, Plan, plan
 from .request import LoraFile, Request, Tensors, check_tensors
 from .sampling import cosine_alpha_bar, diffuse, timestep_embedding
 from .sizes import shape_of
@@ -105,7 +106,8 @@ class Runner:
             return plan(request, self.engines.manifest, given, part)
         except BundleError as error:
             if error.field in ENGINES:
-                self.engines.record(error.field)  # says what the bundle has, and which command adds the engine
+                kind = () if error.field not in STAGE_C or given.control is None else (CONTROL,)
+                self.engines.record(error.field, kind)  # says what the bundle has, and which command adds the engine
             raise
 
     def gather(self, request: Request, given: Tensors) -> Tensors:
@@ -123,12 +125,15 @@ class Runner:
             opened["init_image"] = open_picture("init_image", request.init_image)
         if request.mask_image is not None:
             opened["mask"] = open_mask("mask_image", request.mask_image)
+        if request.control_image is not None:
+            opened["control"] = open_picture("control_image", request.control_image)
         made = replace(check_tensors(given), **opened)
-        if made.init_image is not None and made.mask is not None and made.mask.shape != made.init_image.size[::-1]:
+        masked = ("control_image", made.control) if made.init_image is None else ("init_image", made.init_image)
+        if masked[1] is not None and made.mask is not None and made.mask.shape != masked[1].size[::-1]:
             height, width = made.mask.shape
             raise RequestError(
-                f"mask_image has {width} x {height} pixels, and init_image {made.init_image.size[0]} x "
-                f"{made.init_image.size[1]}; they must have one size",
+                f"mask_image has {width} x {height} pixels, and {masked[0]} {masked[1].size[0]} x "
+                f"{masked[1].size[1]}; they must have one size",
                 field="mask_image",
             )
         return made
@@ -223,7 +228,7 @@ class Runner:
         """
         with self.timed(timings, "text_encoder"):
             texts = embed_texts(planned, given, encode or self.encode)
-        if not given.images and planned.init is None:
+        if not given.images and planned.init is None and planned.control is None:
             return replace(texts, images=given.image_embeds)
         with self.timed(timings, "encoders"):
             found: dict[str, Any] = {"images": given.image_embeds}
@@ -231,7 +236,24 @@ class Runner:
                 found["images"] = self._encode_images(given)
             if planned.init is not None:
                 found |= self._encode_init(planned, planned.init, given)
+            if planned.control is not None:
+                found["residuals"] = self._residuals(planned, planned.control, given)
         return replace(texts, **found)
+
+    def _residuals(self, planned: Plan, control: ControlPlan, given: Tensors) -> Array:
+        """What a ControlNet adds to Stage C, on its grid: ``[1, n, h, w, C]`` float32, times the control scale."""
+        assert given.control is not None  # what the plan was made from
+        if control.kind == "super_resolution":
+            pixels = encoder_pixels(given.control, *control.pixels)
+            shown_to = enlarged(host(self.engines.call("effnet_encoder", {"pixels": pixels}), "latents"))
+        else:
+            filtered = planned.request.control_filtered
+            shown_to = control_pixels(
+                control.kind, given.control, given.mask, control.pixels, control.channels, filtered
+            )
+        found = host(self.engines.call(control.engine, {"control": shown_to}), "residuals")
+        grid = on_grid(found, *planned.sizes.prior)
+        return np.ascontiguousarray(grid * np.float32(planned.request.control_scale))
 
     def _encode_images(self, given: Tensors) -> Array:
         """CLIP embeddings ``[1, n, I]`` float32 of the pictures to vary, times their weights."""
@@ -268,7 +290,7 @@ class Runner:
         timings: dict[str, float] = {}
         self._load_loras(planned.request, timings)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
-        with self.engines.together(*planned.engines):
+        with self.engines.together(*planned.engine_keys):
             texts = self.embed(planned, given, timings)
             embeddings = self._prior(planned, given, texts, noise, prior_end, timings)
             return self._decode(planned, given, embeddings, texts, noise, end, timings)
@@ -278,7 +300,7 @@ class Runner:
         timings: dict[str, float] = {}
         self._load_loras(planned.request, timings)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
-        with self.engines.together(*planned.engines):
+        with self.engines.together(*planned.engine_keys):
             texts = self.embed(planned, given, timings)
             embeddings = self._prior(planned, given, texts, noise, end, timings)
         assert texts.prompt is not None  # a plan of the prior has a prompt or its embeddings
@@ -298,7 +320,7 @@ class Runner:
         self._load_loras(planned.request, timings)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         embeddings = np.repeat(given.image_embeddings, planned.pictures // len(given.image_embeddings), axis=0)
-        with self.engines.together(*planned.engines):
+        with self.engines.together(*planned.engine_keys):
             texts = self.embed(planned, given, timings)
             return self._decode(planned, given, embeddings, texts, noise, end, timings)
 
@@ -329,6 +351,9 @@ class Runner:
             "clip_text_pooled": denoising.with_negative(texts.pooled, texts.negative_pooled),
             "clip_img": denoising.with_negative(clip_img, np.zeros_like(clip_img)),
         }
+        if texts.residuals is not None:  # the authors steer with them in both halves of the guidance
+            residuals = np.repeat(texts.residuals, planned.pictures, axis=0)
+            conditions["residuals"] = denoising.with_negative(residuals, residuals)
         return denoising, self._context(loop, conditions)
 
     def begin_decoder(
@@ -440,7 +465,7 @@ class Runner:
 
     def _denoise(self, loop: LoopPlan, denoising: Denoising, context: Context, end: StepEnd) -> Array:
         """A denoiser's loop: ``[B, C, H, W]`` float32."""
-        with self.engines.engine(f"{loop.stage}.step") as engine:
+        with self.engines.engine(f"{loop.stage}.step", loop.features) as engine:
             batch = StepBatch(engine, [(denoising, context)])
             for _ in self._with_bar(range(len(loop.schedule)), f"stage {loop.stage[-1]}"):
                 self._check_interrupt(denoising)
@@ -451,7 +476,7 @@ class Runner:
 
     def _context(self, loop: LoopPlan, conditions: Mapping[str, Array]) -> Context:
         """What the context engine makes of the conditions and the schedule; it stays where the engine runs."""
-        with self.engines.engine(f"{loop.stage}.context") as engine:
+        with self.engines.engine(f"{loop.stage}.context", loop.features) as engine:
             dim = engine.spec.tensor("timestep_embedding").axes[1]
             assert isinstance(dim, int)
             feeds = {"timestep_embedding": timestep_embedding(loop.schedule.ratios, dim), **conditions}

@@ -375,6 +375,24 @@ _LATENTS = tensor_row("latents", "float32", _HOT, "noisy latents")
 _PREDICTION = tensor_row("prediction", "float32", _HOT, "the network's prediction")
 
 
+_ON_STREAM = "batch control_blocks height/patch_size width/patch_size stream_width"
+_RESIDUALS = tensor_row(
+    "residuals",
+    "float32",
+    _ON_STREAM,
+    "of a ControlNet: resized to Stage C's grid, and times the control scale",
+    feature="control",
+)
+_CONTROL = tensor_row(
+    "control",
+    "compute",
+    _ON_STREAM,
+    "what is added to the residual stream in front of each controlled block",
+    constant=True,
+    feature="control",
+)
+
+
 def _kv(tokens: str) -> TensorSpec:
     meaning = "keys and values of the condition tokens"
     return tensor_row("kv_{level}", "compute", f"batch blocks 2 {tokens} width", meaning, constant=True)
@@ -416,15 +434,24 @@ ENGINES: dict[str, EngineSpec] = {
                 _POOLED,
                 tensor_row("clip_text", "float32", "batch tokens text_dim", "hidden states of the text encoder"),
                 tensor_row("clip_img", "float32", "batch images image_dim", "image embeddings, zeros for none"),
+                _RESIDUALS,
             ),
-            outputs=(_MODULATION, _kv("tokens+clip_seq*images+clip_seq")),
-            ranges={"batch": _BATCH, "steps": _STEPS, "tokens": _TOKENS, "images": _range(1, 1, 8)},
+            outputs=(_MODULATION, _kv("tokens+clip_seq*images+clip_seq"), _CONTROL),
+            ranges={
+                "batch": _BATCH,
+                "steps": _STEPS,
+                "tokens": _TOKENS,
+                "images": _range(1, 1, 8),
+                "height": _PRIOR,
+                "width": _PRIOR,
+            },
+            grids=_ON_GRID,
         ),
         EngineSpec(
             name="stage_c.step",
             stage="c",
             model="stage_c",
-            inputs=(_LATENTS, _STEP, _MODULATION, _kv("condition_tokens")),
+            inputs=(_LATENTS, _STEP, _MODULATION, _kv("condition_tokens"), _CONTROL),
             outputs=(_PREDICTION,),
             ranges={
                 "batch": _BATCH,
@@ -509,6 +536,39 @@ ENGINES: dict[str, EngineSpec] = {
         ),
     )
 }
+
+
+CONTROLS = ("canny", "inpainting", "super_resolution", "picture")
+"""The kinds of ControlNets: what their control picture shows. ``picture``: whatever the caller gives."""
+
+
+def _controlnet(kind: str, sides: AxisRange) -> EngineSpec:
+    return EngineSpec(
+        name=f"controlnet.{kind}",
+        stage=kind.replace("_", "-"),
+        model=f"controlnet_{kind}",
+        inputs=(
+            tensor_row(
+                "control", "float32", "batch control_channels height width", "control picture, 0..1, or latents"
+            ),
+        ),
+        outputs=(
+            tensor_row(
+                "residuals",
+                "float32",
+                "batch control_blocks height/control_stride width/control_stride stream_width",
+                "one for each controlled block of Stage C",
+            ),
+        ),
+        ranges={"batch": _BATCH, "height": sides, "width": sides},
+        grids=dict.fromkeys(("height", "width"), "control_stride"),
+    )
+
+
+# super-resolution is told the latents of the smaller picture, enlarged to the larger one's
+for _kind in CONTROLS:
+    _spec = _controlnet(_kind, _PRIOR if _kind == "super_resolution" else _PIXELS)
+    ENGINES[_spec.name] = _spec
 
 
 def stage_names() -> tuple[StageName, ...]:

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 import reference
-from cascade_export.models import EffNetConfig, Previewer, PreviewerConfig, SemanticEncoder
+from cascade_export.models import (
+    ControlNet,
+    ControlNetConfig,
+    EffNetConfig,
+    Previewer,
+    PreviewerConfig,
+    SemanticEncoder,
+)
 from cascade_rt import CascadePipeline
 
 SMALL_EFFNET: dict[str, Any] = {
@@ -74,6 +81,38 @@ def add_encoders(checkpoint: Path) -> None:
         (checkpoint / name / "config.json").write_text(json.dumps(values))
 
 
+CONTROL_BLOCKS = [0, 2]
+_CONTROLNET: dict[str, Any] = {"projection_channels": 32, "proj_blocks": CONTROL_BLOCKS}
+SMALL_CONTROLNETS: dict[str, dict[str, Any]] = {
+    "canny": {"in_channels": 1, "bottleneck": "effnet", **SMALL_EFFNET},
+    "inpainting": {"in_channels": 4, "bottleneck": "simple"},
+    "super_resolution": {
+        "in_channels": 16,
+        "bottleneck": "large",
+        "large_hidden": 20,
+        "large_channels": 12,
+        "last_channels": 24,
+    },
+    "picture": {"in_channels": 3, "bottleneck": "simple"},
+}
+SMALL_CONTROLNETS = {kind: {**_CONTROLNET, "filter": kind, **row} for kind, row in SMALL_CONTROLNETS.items()}
+
+
+def add_controlnets(checkpoint: Path) -> None:
+    """Put a ControlNet of every kind beside a cascade whose Stage C has one level of 32 channels."""
+    generator = torch.Generator().manual_seed(10)
+    for kind, config in SMALL_CONTROLNETS.items():
+        module = ControlNet(ControlNetConfig.from_dict(config))
+        reference.randomize(module, generator)
+        folder = checkpoint / f"controlnet_{kind}"
+        folder.mkdir()
+        state = {k: v for k, v in module.state_dict().items() if v.is_floating_point()}
+        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"_class_name": "StableCascadeControlNet", **config}))
+    place = checkpoint / "prior_prior" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"control_blocks": CONTROL_BLOCKS}))
+
+
 _DENOISER: dict[str, Any] = {"clip_text_pooled_in_channels": 12, "conditioning_dim": 16, "dropout": 0.0}
 SMALL_CONFIGS: dict[str, dict[str, Any]] = {
     "text_encoder": {**reference.SHAPES["shallow"].text, "vocab_size": 99, "eos_token_id": 98, "pad_token_id": 98},
@@ -108,5 +147,6 @@ SMALL_CONFIGS: dict[str, dict[str, Any]] = {
     "stage_a": {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4},
     "effnet": SMALL_EFFNET,
     "previewer": {},
+    **{f"controlnet_{kind}": config for kind, config in SMALL_CONTROLNETS.items()},
 }
 """The smallest config of every component, for tests that only look at graphs."""

@@ -306,6 +306,7 @@ class LoopGroup(Group):
         watch: Watch,
         limits: Limits,
         engine: str,
+        features: tuple[str, ...],
         room: Callable[[int], bool],
         most: int,
         alone: bool,
@@ -314,13 +315,14 @@ class LoopGroup(Group):
 
         Args:
             engine: name of the step engine.
+            features: that it is made with.
             most: rows of a call.
             room: whether that many bytes of further context tensors may be held.
             alone: whether every call is for one task alone.
         """
         super().__init__(name, runner, watch, limits)
-        self._engine = engine
-        self._spec = runner.engines.record(engine).spec
+        self._engine, self._features = engine, features
+        self._spec = runner.engines.record(engine, features).spec
         self._room, self._alone = room, alone
         self._most = min(most, self._spec.ranges["batch"].max)
         self._waiting: deque[Loop] = deque()
@@ -380,7 +382,7 @@ class LoopGroup(Group):
         if not served:
             return 0
         try:
-            with self.runner.engines.engine(self._engine) as engine:
+            with self.runner.engines.engine(self._engine, self._features) as engine:
                 if self._batch is None or self._batch_engine is not engine:
                     self._batch = StepBatch(engine, [(m.denoising, m.context) for m in self._members])
                     self._batch_engine = engine
@@ -389,7 +391,7 @@ class LoopGroup(Group):
         except Exception as error:
             _fail_all((member.task.picture for member in self._members), error)
             self._keep([])
-            self.runner.engines.discard(self._engine)
+            self.runner.engines.discard(self._engine, self._features)
             return served
         for member, step in zip(self._members, steps, strict=True):
             _guarded(member.task.picture, member.task.after, step)
@@ -582,9 +584,9 @@ class Batcher:
         for name, runner in self._runners.items():
             order = Order(id="", model=name, request=Request(prompt="", seeds=(0,), prior=one, decoder=one))
             planned, given = self.plan(order)
-            with runner.engines.together(*planned.engines):
-                for engine in planned.engines:
-                    with runner.engines.engine(engine):
+            with runner.engines.together(*planned.engine_keys):
+                for engine in planned.engine_keys:
+                    with runner.engines.engine(*engine):
                         pass
             heard: list[Event] = []
             picture = Picture(
@@ -689,11 +691,12 @@ class Batcher:
 
     def _loop_group(self, picture: Picture, plan: LoopPlan, images: int = 0) -> LoopGroup:
         runner, alone = self._runners[picture.order.model], picture.order.deterministic
-        key = (picture.order.model, plan.stage, *plan.latents[1:], images, alone)
+        key = (picture.order.model, plan.stage, plan.features, *plan.latents[1:], images, alone)
         engine = f"{plan.stage}.step"
         limits = self._limits
         most = limits.rows_of(picture.planned.sizes.picture) if plan.stage == "stage_b" else limits.rows
-        make = self._maker(LoopGroup, plan.stage, runner, engine=engine, room=self._room, most=most, alone=alone)
+        wanted = {"engine": engine, "features": plan.features, "room": self._room, "most": most, "alone": alone}
+        make = self._maker(LoopGroup, plan.stage, runner, **wanted)
         group: LoopGroup = self._group(key, make)
         return group
 

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from cascade_rt.errors import CheckpointError, shown
 from cascade_rt.schema import validated
-from cascade_rt.stages import EngineSpec
+from cascade_rt.stages import CONTROLS, EngineSpec
 
 from . import keys, samples
 from .models import (
     Context,
+    ControlNet,
+    ControlNetConfig,
     Denoiser,
     DenoiserConfig,
     EffNetConfig,
@@ -137,14 +139,15 @@ def call_of(engine: EngineSpec) -> Call:
 def _context(model: nn.Module, x: Feeds) -> tuple[Tensor, ...]:
     assert isinstance(model, Denoiser)
     context = model.context(**x)
-    maps = () if context.condition_map is None else (context.condition_map,)
-    return (context.modulation, *context.kv, *maps)
+    rest = (context.condition_map, context.control)
+    return (context.modulation, *context.kv, *(tensor for tensor in rest if tensor is not None))
 
 
 def _step(model: nn.Module, x: Feeds) -> tuple[Tensor, ...]:
     assert isinstance(model, Denoiser)
     kv = tuple(x[f"kv_{level}"] for level in model.config.attention_levels)
-    return (model.step(x["latents"], x["step"], Context(x["modulation"], kv, x.get("condition_map"))),)
+    context = Context(x["modulation"], kv, x.get("condition_map"), x.get("control"))
+    return (model.step(x["latents"], x["step"], context),)
 
 
 def _build_denoiser(config: Config) -> nn.Module:
@@ -170,7 +173,9 @@ def _stage_c_dims(config: Config) -> dict[str, int]:
     c = DenoiserConfig.from_dict(config)
     if c.clip_text_in_channels is None or c.clip_image_in_channels is None or c.effnet_in_channels is not None:
         raise CheckpointError("the config given for stage_c is that of a Stage B")
-    return _denoiser_dims(c) | {"text_dim": c.clip_text_in_channels, "image_dim": c.clip_image_in_channels}
+    own = {"text_dim": c.clip_text_in_channels, "image_dim": c.clip_image_in_channels}
+    control = {"control_blocks": len(c.control_blocks), "stream_width": c.block_out_channels[0]}
+    return _denoiser_dims(c) | own | (control if c.control_blocks else {})
 
 
 def _stage_b_dims(config: Config) -> dict[str, int]:
@@ -217,6 +222,16 @@ def _previewer_dims(config: Config) -> dict[str, int]:
     return {"latent_channels": PreviewerConfig.from_dict(config).in_channels}
 
 
+def _controlnet_dims(config: Config) -> dict[str, int]:
+    c = ControlNetConfig.from_dict(config)
+    return {
+        "control_channels": c.in_channels,
+        "control_blocks": len(c.proj_blocks),
+        "control_stride": c.pixels_per_residual,
+        "stream_width": c.projection_channels,
+    }
+
+
 # -- configs of a folder that holds one model alone
 
 
@@ -230,6 +245,28 @@ def _class_is(name: str) -> Callable[[Config], bool]:
 
 def _architecture_is(name: str) -> Callable[[Config], bool]:
     return lambda config: config.get("architectures") == [name]
+
+
+CONTROL = "control"
+"""The feature of Stage C's engines that take a ControlNet's residuals."""
+CONTROLNET_CLASS = "StableCascadeControlNet"
+
+
+def _controlnet(kind: str) -> Component:
+    def is_config(config: Config) -> bool:
+        return config.get("_class_name") == CONTROLNET_CLASS and config.get("filter", "canny") == kind
+
+    return Component(
+        name=f"controlnet_{kind}",
+        build=lambda config: ControlNet(ControlNetConfig.from_dict(config)),
+        dims=_controlnet_dims,
+        calls={f"controlnet.{kind}": lambda model, x: (model(x["control"]),)},
+        samples=samples.draw_normal,
+        is_config=is_config,
+        folders=(f"controlnet_{kind}",),
+        root_files=(f"controlnet/{kind}",),
+        original=keys.CONTROLNET,
+    )
 
 
 COMPONENTS: dict[str, Component] = {
@@ -314,5 +351,6 @@ COMPONENTS: dict[str, Component] = {
             root_files=("previewer",),
             original=keys.PREVIEWER,
         ),
+        *map(_controlnet, CONTROLS),
     )
 }

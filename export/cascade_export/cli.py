@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cascade_rt
 from cascade_rt.bundle import Bundle, find_bundle
 from cascade_rt.commands import CommandParser, as_path, as_place, run_command
-from cascade_rt.errors import RequestError, plain
+from cascade_rt.errors import RequestError, plain, shown
 from cascade_rt.lora import parse_lora
 from cascade_rt.manifest import MANIFEST
 from cascade_rt.serve.triton import write_repository
-from cascade_rt.stages import PRECISIONS, SIZES, Size, StageName, stage_names
+from cascade_rt.stages import PRECISIONS, SIZES, Precision, Size, StageName, stage_names
 
 EXAMPLES = """examples:
   cascade-export --stage all --size tiny
@@ -23,6 +25,8 @@ EXAMPLES = """examples:
   cascade-export --stage c --size big --checkpoint random:0 --no-verify
   cascade-export --stage c --size big --lora style.safetensors:0.8 --out cascade-big-style
   cascade-export --stage all --size tiny --precision fp16 --target tensorrt-rtx --sm 86,89,120
+  cascade-export --stage c --size big --control --out cascade-big
+  cascade-export --stage canny --checkpoint controlnet/canny.safetensors --out cascade-big
   cascade-export --triton model-repository --out my-bundle
 """
 
@@ -81,6 +85,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="fold a LoRA into the weights, times SCALE (default: 1); repeatable; the authors', kohya's and PEFT's "
         "files are read",
     )
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="make Stage C's engines that take a ControlNet too, beside the plain ones (--stage all: where the "
+        "checkpoint has a ControlNet)",
+    )
+    parser.add_argument(
+        "--control-blocks",
+        type=_blocks,
+        metavar="0,4,8,...",
+        help="residual blocks of Stage C that take a ControlNet's residuals, counted in the order of execution "
+        "(default: the checkpoint's, or those of the published ControlNets)",
+    )
     parser.add_argument("--out", type=as_path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
     parser.add_argument(
         "--triton",
@@ -112,6 +129,7 @@ def make_bundle(args: argparse.Namespace) -> Bundle:
         from .staging import check_current_folder
 
         check_current_folder()
+        from .catalog import CONTROL
         from .checkpoints import open_checkpoint
         from .exporter import export
         from .job import ExportRequest, own_precision
@@ -149,10 +167,43 @@ def make_bundle(args: argparse.Namespace) -> Bundle:
         quiet=args.quiet,
         targets=targets,
         shapes=shapes,
+        control_blocks=args.control_blocks,
     )
-    bundle = export(checkpoint, request, _say)
+    controlled = replace(request, stages=("c",), features=(CONTROL,))
+    if args.control and "c" not in stages:
+        raise RequestError("--control is for Stage C's engines; add --stage c")
+    if args.control and stages == ("c",) and _has_stage_c(out, precision) and not args.overwrite:
+        bundle = export(checkpoint, controlled, _say)  # the plain ones are there
+    else:
+        bundle = export(checkpoint, request, _say)
+        if args.control or (every and _has_controlnet(bundle)):
+            bundle = export(checkpoint, controlled, _say)
     _say(f"bundle: {bundle.path}")
     return bundle
+
+
+def _has_stage_c(out: Path, precision: Precision) -> bool:
+    """Whether a bundle has the plain graphs of Stage C."""
+    return _is_bundle(out) and any(
+        r.precision == precision for r in Bundle(out).manifest.records("stage_c.step", "onnx")
+    )
+
+
+def _has_controlnet(bundle: Bundle) -> bool:
+    """Whether a bundle has a ControlNet, and a Stage C for it."""
+    models = bundle.manifest.models
+    return "stage_c" in models and any(name.startswith("controlnet_") for name in models)
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    """``0,4,8``.
+
+    Raises:
+        ArgumentTypeError: it is something else.
+    """
+    if not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4}){0,255}", text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no list of block numbers; write for example 0,4,8,12")
+    return tuple(map(int, text.split(",")))
 
 
 def _say(text: str) -> None:

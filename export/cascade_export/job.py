@@ -25,6 +25,8 @@ class ExportRequest:
         precision: of weights and wide activations.
         out: the bundle.
         features: engines whose tensors know them are made with them.
+        control_blocks: residual blocks of Stage C that take a ControlNet's residuals; None: those that the checkpoint
+            or the bundle names, or the published ones.
         skip_absent: leave out stages that the checkpoint does not have (for ``--stage all``).
         verify: compare with fp32 PyTorch before the bundle takes its place.
         overwrite: replace engines that are there.
@@ -37,6 +39,7 @@ class ExportRequest:
     precision: Precision
     out: Path
     features: tuple[str, ...] = ()
+    control_blocks: tuple[int, ...] | None = None
     skip_absent: bool = False
     verify: bool = True
     overwrite: bool = False

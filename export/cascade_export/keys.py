@@ -21,7 +21,8 @@ from typing import Any
 
 from cascade_rt.errors import CheckpointError
 
-from .models import EffNetConfig, StageAConfig
+from .models import ControlNetConfig, EffNetConfig, StageAConfig
+from .models.controlnet import PUBLISHED_BLOCKS
 from .models.denoiser_config import ATTN, BLOCK_TYPES
 from .weights import Origin, Shape
 
@@ -329,6 +330,43 @@ def _previewer_config(shapes: Shapes, file: str) -> dict[str, Any]:
     return {"in_channels": in_channels, "hidden": hidden}
 
 
+_FILTERS = {1: "canny", 3: "picture", 4: "inpainting", 16: "super_resolution"}
+"""What a control picture shows, by its channels."""
+
+
+def _control_config(shapes: Shapes, file: str) -> dict[str, Any]:
+    """The config of a ControlNet: its backbone by its keys, its blocks if it is of the published form."""
+    tensors = _Tensors("a ControlNet", shapes, file)
+    outputs = tensors.count(r"projections\.(\d+)\.")
+    if outputs != len(PUBLISHED_BLOCKS):
+        raise tensors.error(
+            f"it has {outputs} projections, and a single file does not record to which blocks of Stage C they belong; "
+            f"known are the {len(PUBLISHED_BLOCKS)} of the published ControlNets. Use --checkpoint with a folder "
+            "controlnet_canny, controlnet_inpainting, controlnet_super_resolution or controlnet_picture, whose "
+            "config.json has proj_blocks"
+        )
+    config: dict[str, Any] = {
+        "proj_blocks": list(PUBLISHED_BLOCKS),
+        "projection_channels": tensors.shape("projections.0.2.weight", 4)[0],
+    }
+    if "backbone.0.0.weight" in shapes:
+        stem, channels, *_ = tensors.shape("backbone.0.0.weight", 4)
+        width = tensors.shape("projections.0.0.weight", 4)[1]
+        config |= {"bottleneck": "effnet", "stem_channels": stem, "last_channels": width}
+    elif "backbone.10.blocks.0.weight" in shapes:
+        hidden, channels, *_ = tensors.shape("backbone.0.weight", 4)
+        width = tensors.shape("backbone.2.weight", 4)[0]
+        last = tensors.shape("projections.0.0.weight", 4)[1]
+        config |= {"bottleneck": "large", "large_hidden": hidden, "large_channels": width, "last_channels": last}
+    else:
+        channels = tensors.shape("backbone.0.weight", 4)[1]
+        config["bottleneck"] = "simple"
+    if channels not in _FILTERS:
+        known = ", ".join(f"{count} ({what})" for count, what in _FILTERS.items())
+        raise tensors.error(f"its control picture has {channels} channels; known are {known}")
+    return asdict(ControlNetConfig()) | config | {"in_channels": channels, "filter": _FILTERS[channels]}
+
+
 STAGE_C = OriginalKeys(marks=("clip_txt_mapper.weight",), rename=_unet_origins, config=_stage_c_config)
 STAGE_B = OriginalKeys(
     marks=("clip_mapper.weight", "effnet_mapper.0.weight"), rename=_unet_origins, config=_stage_b_config
@@ -359,3 +397,4 @@ EFFNET = OriginalKeys(
 PREVIEWER = OriginalKeys(
     prefixes=("vae.previewer.",), marks=("blocks.0.weight",), rename=_same_origins, config=_previewer_config
 )
+CONTROLNET = OriginalKeys(marks=("projections.0.2.weight",), rename=_same_origins, config=_control_config)

@@ -1,4 +1,4 @@
-"""Names of a bundle's files: short where there is one of a kind, else with precision and features."""
+"""Names of a bundle's files: short where there is one of a kind, else with features, precision, or both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def engine_file_name(spec: EngineSpec, precision: Precision, target: BuildTarget
 
 
 def _free(stem: str, precision: Precision, features: Iterable[str], suffix: str, taken: Collection[str]) -> str:
-    longest = ".".join([stem, precision.name, *features])
+    featured = ".".join([stem, *features])
+    longest = f"{featured}.{precision.name}"
     numbered = (f"{longest}.{number}" for number in itertools.count(2))
-    names = itertools.chain((stem, f"{stem}.{precision.name}", longest), numbered)
+    names = itertools.chain((stem, featured, longest), numbered)
     return next(f"{name}{suffix}" for name in names if f"{name}{suffix}" not in taken)

@@ -27,15 +27,12 @@ def split_single_file(path: Path) -> dict[str, Network]:
         Component -> its config, read off keys and shapes, and its tensors under diffusers' keys.
 
     Raises:
-        CheckpointError: the file cannot be read, nothing in it is known, it is a ControlNet, or its architecture
-            cannot be told from its tensors.
+        CheckpointError: the file cannot be read, nothing in it is known, or its architecture cannot be told from its
+            tensors.
     """
     source = SafetensorsSource([path])
     if any(_CONTROLNET.fullmatch(key) for key in source.shapes):
-        raise CheckpointError(
-            f"{name_of(path)} is a ControlNet, which is not a part of a bundle by itself; name the checkpoint of the "
-            "cascade with --checkpoint"
-        )
+        return _controlnet(source, path)
     parts: dict[str, Network] = {}
     for prefix, keys in _groups(source).items():
         name = _component_of(prefix, keys)
@@ -48,6 +45,16 @@ def split_single_file(path: Path) -> dict[str, Network]:
         first = ", ".join(shortened(plain(key)) for key in list(source.shapes)[:3]) or "none"
         raise CheckpointError(f"{name_of(path)} holds no part of a cascade: its first tensors are {first}")
     return parts
+
+
+def _controlnet(source: TensorSource, path: Path) -> dict[str, Network]:
+    """A file that holds a ControlNet, and nothing else; a prefix that all of its keys have is left out."""
+    first = next(match for key in source.shapes if (match := _CONTROLNET.fullmatch(key)))
+    prefix = first[1] or ""
+    keys = {key.removeprefix(prefix): key for key in source.shapes if key.startswith(prefix)}
+    network = _network("controlnet_canny", keys, source, path)
+    name = f"controlnet_{network.config['filter']}"  # one architecture; what the picture shows decides the name
+    return {name: network}
 
 
 def _groups(source: TensorSource) -> dict[str, dict[str, str]]:

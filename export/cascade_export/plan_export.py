@@ -13,10 +13,12 @@ from cascade_rt.manifest import EngineKey, EngineRecord, Manifest, ModelRecord
 from cascade_rt.sampling import PredictionType
 from cascade_rt.stages import ENGINES, EngineSpec, Precision, StageName, engines_of
 
-from .catalog import COMPONENTS
+from .catalog import COMPONENTS, CONTROL
 from .checkpoints import BundleCheckpoint
 from .job import ExportRequest, Report
 from .loading import plain_json, weights_of
+from .models import DenoiserConfig
+from .models.controlnet import PUBLISHED_BLOCKS
 from .names import graph_name, weights_name
 from .networks import Checkpoint, CheckpointFacts, Network, TokenizerSource
 from .targets import ONNX, BuildTarget
@@ -112,7 +114,7 @@ def plan_export(
         tokenizer = _tokenizer(checkpoint, facts, stage, request, report)
         if stage == "text" and tokenizer is None:
             continue
-        config = plain_json(network.config)
+        config = _with_control(plain_json(network.config), stage, request, old)
         specs = _resolved(stage, config, request, tokenizer)
         shared = _shared(specs, request, kept)
         specs = [spec for spec in specs if spec.name not in {record.name for record in shared}]
@@ -189,6 +191,38 @@ def _tokenizer(
             "export --stage text from a diffusers folder"
         )
     return tokenizer
+
+
+def _with_control(
+    config: dict[str, Any], stage: StageName, request: ExportRequest, old: Manifest | None
+) -> dict[str, Any]:
+    """Stage C's config with the blocks that take a ControlNet's residuals, where they are known or asked for.
+
+    Raises:
+        RequestError: they are needed, and nobody names them.
+        CheckpointError: the network has no such blocks.
+    """
+    if stage != "c":
+        return config
+    before = old.models.get("stage_c") if old else None
+    blocks = (
+        request.control_blocks
+        or config.get("control_blocks")
+        or (before.config if before else {}).get("control_blocks")
+    )
+    if not blocks and CONTROL in request.features:
+        executed = DenoiserConfig.from_dict(config).executed_res_blocks
+        if executed <= PUBLISHED_BLOCKS[-1]:
+            raise RequestError(
+                f"this Stage C executes {executed} residual blocks, and the published ControlNets are for "
+                f"{PUBLISHED_BLOCKS[-1] + 1}; name the blocks that take residuals with --control-blocks"
+            )
+        blocks = PUBLISHED_BLOCKS
+    if not blocks:
+        return config
+    made = config | {"control_blocks": list(blocks)}
+    DenoiserConfig.from_dict(made, "--control-blocks" if request.control_blocks else "the config of stage_c")
+    return made
 
 
 def _resolved(
@@ -284,7 +318,10 @@ def _without_other_networks(
 
 def _same_network(before: ModelRecord, new: ModelRecord, same_place: bool) -> bool:
     same_source = same_place or (before.source, before.revision) == (new.source, new.revision)
-    return same_source and (before.config, before.loras) == (new.config, new.loras)
+    ours, theirs = before.config.get("control_blocks"), new.config.get("control_blocks")
+    same_blocks = not ours or not theirs or list(ours) == list(theirs)
+    configs = [{k: v for k, v in row.config.items() if k != "control_blocks"} for row in (before, new)]
+    return same_source and same_blocks and configs[0] == configs[1] and before.loras == new.loras
 
 
 def _origin_of(record: ModelRecord) -> str:

@@ -22,7 +22,7 @@ from cascade_rt.manifest import (
 from cascade_rt.sampling import SamplerName
 from cascade_rt.stages import Size
 
-from .models import DenoiserConfig, EffNetConfig, PreviewerConfig, StageAConfig
+from .models import ControlNetConfig, DenoiserConfig, EffNetConfig, PreviewerConfig, StageAConfig
 from .models.denoiser_config import BLOCK_TYPES
 from .networks import SchedulerConfig
 
@@ -83,8 +83,19 @@ _SHARED: dict[str, dict[str, Any]] = {
     "effnet": asdict(EffNetConfig()),
     "previewer": asdict(PreviewerConfig()),
 }
+_CONTROLNETS = (
+    ControlNetConfig(),
+    ControlNetConfig(filter="inpainting", in_channels=4),
+    ControlNetConfig(filter="super_resolution", in_channels=16, bottleneck="large"),
+)
+"""The published ControlNets, which are for the big Stage C."""
 CONFIGS: dict[Size, dict[str, dict[str, Any]]] = {
-    "big": {"stage_c": asdict(_PRIOR), "stage_b": asdict(_DECODER), **_SHARED},
+    "big": {
+        "stage_c": asdict(_PRIOR),
+        "stage_b": asdict(_DECODER),
+        **_SHARED,
+        **{f"controlnet_{row.filter}": asdict(row) for row in _CONTROLNETS},
+    },
     "small": {
         "stage_c": asdict(
             replace(
@@ -118,7 +129,7 @@ def config_of(size: Size, component: str) -> dict[str, Any] | None:
     The tiny cascade's architecture is written in its shipped bundle and nowhere else.
     """
     if size != "tiny":
-        return CONFIGS[size][component]
+        return CONFIGS[size].get(component)
     models = find_bundle(None).manifest.models
     return dict(models[component].config) if component in models else None
 

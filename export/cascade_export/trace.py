@@ -156,7 +156,10 @@ def _examples(spec: EngineSpec) -> tuple[dict[str, Tensor], dict[str, dict[int, 
     takes none for a constant.
     """
     names = dict.fromkeys(name for tensor in spec.inputs for name in tensor.free_names)
-    units = {name: (2 + index, _unit(name, spec.ranges[name])) for index, name in enumerate(names)}
+    units: dict[str, tuple[int, Any]] = {}
+    for index, name in enumerate(names):
+        unit = _unit(name, spec.ranges[name])
+        units[name] = (max(2, unit.min) + index, unit)
     examples: dict[str, Tensor] = {}
     shapes: dict[str, dict[int, Any]] = {}
     for tensor in spec.inputs:

@@ -25,7 +25,7 @@ from cascade_rt.sampling import SamplerName, Schedule, make_schedule, timestep_e
 from cascade_rt.stages import EngineSpec, Precision
 
 from .catalog import COMPONENTS, Config
-from .models import Denoiser
+from .models import Control, Denoiser
 from .samples import small_sizes
 
 Array = NDArray[Any]
@@ -51,6 +51,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "step": Tolerance(2e-6, "scalars in float64 here, in float32 in diffusers"),
     "prior loop": Tolerance(1e-4, "the engine's error through 20 steps with guidance"),
 }
+RESIDUAL_SIZE = 0.1
+"""Standard deviation of the residuals that a loop is verified with."""
 PICTURE_PSNR = 60.0
 """Least PSNR in dB (peak 1) between a whole picture of fp32 engines and diffusers' fp32 picture."""
 
@@ -161,7 +163,6 @@ def _denoiser_cases(
     conditions = COMPONENTS[context.model].samples(context, config, rng)
     if "effnet" in conditions:  # smaller than the grid: the host's resize is compared too
         conditions["effnet"] = np.ascontiguousarray(conditions["effnet"][..., 1:, 1:])
-    conditions |= _step_conditions(context, step, rng)
     tensors = {name: torch.from_numpy(a) for name, a in conditions.items()}
     by_engine = predict_by_engines(specs, module, run, schedule, conditions)
     by_module = predict_by_module(module, schedule, tensors)
@@ -172,13 +173,6 @@ def _denoiser_cases(
         figures = compare("prediction", by_engine(latents, steps), by_module(latents, steps))
         for spec in (context, step):
             yield spec.name, "prediction", figures
-
-
-def _step_conditions(context: EngineSpec, step: EngineSpec, rng: np.random.Generator) -> dict[str, Array]:
-    """Inputs of the step that the context does not make: those of features."""
-    sizes, made = small_sizes(step), {tensor.name for tensor in context.outputs}
-    extra = [t for t in step.inputs if t.name not in made and t.name not in ("latents", "step")]
-    return {t.name: rng.standard_normal(t.shape(sizes), dtype=np.float32) for t in extra}
 
 
 Predict = Callable[[Array, Array], Array]
@@ -219,6 +213,8 @@ def verify_loop(
     """
     stage, rows = specs[0].model, 2 if defaults.guidance_scale > 1 else 1
     given = {name: tensor[:rows].clone() for name, tensor in conditions.items()}
+    if (residuals := _residuals(specs, rows, seed)) is not None:
+        given["residuals"] = residuals
     if "effnet" in given:
         given["effnet"][1:] = 0  # what guidance steers away from, as in both references
     arrays = {name: tensor.numpy() for name, tensor in given.items()}
@@ -258,6 +254,16 @@ def verify_loop(
     return LoopFigures(sampler=sampler, steps=len(schedule), guidance_scale=defaults.guidance_scale, **_fields(figures))
 
 
+def _residuals(specs: Sequence[EngineSpec], rows: int, seed: int) -> Tensor | None:
+    """What a ControlNet might add; None where the engines take nothing of one."""
+    context, _ = context_and_step(specs)
+    tensor = next((t for t in context.inputs if t.name == "residuals"), None)
+    if tensor is None:
+        return None
+    shape = tensor.shape(small_sizes(context) | {"batch": rows})
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)) * RESIDUAL_SIZE
+
+
 def context_and_step(specs: Sequence[EngineSpec]) -> tuple[EngineSpec, EngineSpec]:
     """The two engines of a denoiser."""
     context, step = sorted(specs, key=lambda spec: spec.name)
@@ -284,7 +290,7 @@ def predict_by_engines(
         module: whose config is needed.
         run: runs one of the engines.
         schedule: the loop's tables.
-        conditions: of the context, and those of the step that the context does not make; effnet of any size.
+        conditions: of the context; effnet of any size.
     """
     config, (context_spec, step_spec) = module.config, context_and_step(specs)
     feeds: dict[str, Array] = {t.name: conditions[t.name] for t in context_spec.inputs if t.name in conditions}
@@ -293,10 +299,9 @@ def predict_by_engines(
         feeds["effnet"] = np.ascontiguousarray(resize_bilinear(feeds["effnet"], height, width))
     feeds["timestep_embedding"] = timestep_embedding(schedule.ratios, config.timestep_ratio_embedding_dim)
     context = run(context_spec.name, feeds)
-    extra = {t.name: conditions[t.name] for t in step_spec.inputs if t.name in conditions}
 
     def predict(latents: Array, steps: Array) -> Array:
-        made = run(step_spec.name, {**context, **extra, "latents": latents, "step": steps})["prediction"]
+        made = run(step_spec.name, {**context, "latents": latents, "step": steps})["prediction"]
         assert isinstance(made, np.ndarray)
         return made
 
@@ -304,12 +309,15 @@ def predict_by_engines(
 
 
 def predict_by_module(module: Denoiser, schedule: Schedule, conditions: Mapping[str, Tensor]) -> Predict:
-    """The module, unsplit."""
+    """The module, unsplit; ``residuals`` among the conditions are those of a ControlNet."""
+    others = {name: tensor for name, tensor in conditions.items() if name != "residuals"}
+    residuals = conditions.get("residuals")
+    control = None if residuals is None else Control(residuals, module.config.control_blocks)
 
     def predict(latents: Array, steps: Array) -> Array:
         ratios = torch.from_numpy(schedule.ratios[steps])
         with torch.inference_mode():
-            made: Array = module(torch.from_numpy(latents), ratios, **conditions).numpy()
+            made: Array = module(torch.from_numpy(latents), ratios, control=control, **others).numpy()
         return made
 
     return predict

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cascade_export import keys, presets
 from cascade_export.catalog import COMPONENTS, build_model, check_config
 from cascade_export.checkpoints import open_checkpoint
 from cascade_export.loading import MOST_PARAMETERS, load_fp32, plain_json, weights_of
-from cascade_export.models import encode_text
+from cascade_export.models import ControlNet, ControlNetConfig, encode_text
 from cascade_export.networks import Checkpoint, Network, SchedulerConfig
 from cascade_export.weights import COUNTERS, check_architecture
 from cascade_export.weights_file import write_weights
@@ -346,8 +347,7 @@ def published_shapes(size: Any, component: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("size", ["small", "big"])
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize(("size", "component"), [(s, name) for s in ("small", "big") for name in presets.CONFIGS[s]])
 def test_published_architectures_are_read_off_their_tensors(size: Any, component: str) -> None:
     wanted = presets.CONFIGS[size][component]
     made = COMPONENTS[component].original.config(published_shapes(size, component), "a.safetensors")
@@ -390,12 +390,51 @@ def test_a_single_file_that_lacks_any_tensor_is_named(folder: Path, tmp_path: Pa
         assert refuse(str(path), component)
 
 
-def test_controlnets_are_named(tmp_path: Path) -> None:
-    state = {"backbone.0.0.weight": torch.zeros(24, 3, 3, 3)}
-    for index in range(3):
-        state |= {f"projections.{index}.{part}.weight": torch.zeros(4, 4, 1, 1) for part in (0, 2)}
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("canny", {"in_channels": 1}),
+        ("inpainting", {"in_channels": 4}),
+        ("picture", {"in_channels": 3, "bottleneck": "simple"}),
+        ("super_resolution", {"in_channels": 16, "bottleneck": "large", "large_hidden": 12, "large_channels": 8}),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "control_model."])
+def test_a_published_controlnet_is_told_by_its_shapes(
+    tmp_path: Path, kind: str, changes: dict[str, Any], prefix: str
+) -> None:
+    small = {"projection_channels": 20, "last_channels": 24, "filter": kind}
+    config = ControlNetConfig.from_dict(small | changes)
+    state = {f"{prefix}{key}": value for key, value in ControlNet(config).state_dict().items()}
+    save_file(state, tmp_path / "x.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path / "x.safetensors"), None)
+    found = checkpoint.network(f"controlnet_{kind}")
+    assert found is not None
+    wide = config if config.bottleneck != "simple" else replace(config, last_channels=1280)
+    assert ControlNetConfig.from_dict(found.config) == wide
+    assert isinstance(
+        load_fp32(f"controlnet_{kind}", found.config, weights_of("controlnet_canny", found.config, found)), ControlNet
+    )
+    assert checkpoint.network("effnet") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"proj_blocks": (0, 1, 2)}, "it has 3 projections, and a single file does not record to which blocks"),
+        ({"in_channels": 5}, "its control picture has 5 channels; known are 1 (canny)"),
+    ],
+)
+def test_a_controlnet_that_cannot_be_told_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    small = ControlNetConfig(projection_channels=20, last_channels=24, bottleneck="simple")
+    save_file(ControlNet(replace(small, **changes)).state_dict(), tmp_path / "x.safetensors")
+    assert message in refuse(str(tmp_path / "x.safetensors"))
+
+
+def test_a_cut_controlnet_is_refused(tmp_path: Path) -> None:
+    state = {f"projections.{index}.2.weight": torch.zeros(4, 4, 1, 1) for index in range(8)}
     save_file(state, tmp_path / "canny.safetensors")
-    assert "is a ControlNet, which is not a part of a bundle by itself" in refuse(str(tmp_path / "canny.safetensors"))
+    assert "backbone.0.weight is missing" in refuse(str(tmp_path / "canny.safetensors"))
 
 
 def test_only_the_small_networks(folder: Path, tmp_path: Path) -> None:
@@ -644,12 +683,16 @@ _ODD: list[Any] = [
 ]
 
 
+PUBLISHED_CONFIGS = {**presets.CONFIGS["big"], **presets.CONFIGS["small"]}
+"""A config of every component; of the denoisers the small one's."""
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", PUBLISHED_CONFIGS)
 def test_any_config_is_refused_or_describes_a_network(component: str, data: st.DataObject) -> None:
     """What passes the check can be built and has tensors of whole sizes; everything else is one line."""
-    good = json.loads(json.dumps(presets.CONFIGS["small"][component]))
+    good = json.loads(json.dumps(PUBLISHED_CONFIGS[component]))
     if "num_hidden_layers" in good:
         good["num_hidden_layers"] = 2
     key = data.draw(st.sampled_from(sorted(good)))

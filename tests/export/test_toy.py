@@ -110,7 +110,7 @@ def test_a_feature_lies_beside_the_plain_engine(tmp_path: Path) -> None:
     bundle = make(tmp_path / "out", features=("tint",))
     assert [(r.file, r.features, r.weights) for r in bundle.manifest.engines] == [
         ("toy.onnx", (), ("toy.safetensors",)),
-        ("toy.fp32.onnx", ("tint",), ("toy.safetensors",)),
+        ("toy.tint.onnx", ("tint",), ("toy.safetensors",)),
     ], "the same weights are not stored twice"
     tinted = bundle.engine("toy", features=("tint",))
     assert tinted.verification is not None

@@ -139,6 +139,9 @@ def test_the_unpadded_convolution_changes_the_grid_off_multiples_of_32_only() ->
         ({"proj_blocks": [-1]}, "proj_blocks"),
         ({"bottleneck": "vgg"}, "bottleneck"),
         ({"in_channels": 0}, "in_channels"),
+        ({"in_channels": 2}, "in_channels is 2; a ControlNet for canny has 1"),
+        ({"filter": "inpainting"}, "in_channels is 1; a ControlNet for inpainting has 4"),
+        ({"filter": "depth"}, "filter"),
         ({"stages": [["fused", 1, 3, 2, 8, 1]]}, "32"),
     ],
 )
@@ -261,15 +264,22 @@ def test_a_wrong_resize_would_be_seen() -> None:
 
 
 def test_all_blocks_at_once_and_in_steps() -> None:
-    network, feeds = stage_c(), inputs()
     blocks = tuple(range(EXECUTED))
+    network, feeds = stage_c(control_blocks=blocks), inputs()
     residuals = random_residuals(EXECUTED, 6, 5)
     theirs = injected(network, feeds, {i: residuals[:, i] for i in blocks})
+    embedding = timestep_embedding(feeds["timestep_ratio"], 16)
+    conditions = (feeds["clip_text_pooled"], feeds["clip_text"], feeds["clip_img"])
+    steps = torch.tensor([0, 1])
     with torch.no_grad():
-        embedding = timestep_embedding(feeds["timestep_ratio"], 16)
-        context = network.context(embedding, feeds["clip_text_pooled"], feeds["clip_text"], feeds["clip_img"])
-        ours = network.step(feeds["sample"], torch.tensor([0, 1]), context, Control(residuals, blocks))
+        context = network.context(embedding, *conditions, residuals=residuals)
+        ours = network.step(feeds["sample"], steps, context)
+        network.stream_scales = StreamScales((2.0, 8.0), (16.0, 4.0))
+        divided = network.step(feeds["sample"], steps, network.context(embedding, *conditions, residuals=residuals))
+        others = network.step(feeds["sample"], steps, network.context(embedding, *conditions))
     assert rel_l2(ours, theirs) < 1e-6
+    assert rel_l2(divided, theirs) < 1e-5
+    assert rel_l2(others, theirs) > 1e-2
 
 
 def test_a_level_of_half_the_size_gets_its_residual_resized() -> None:
@@ -287,6 +297,21 @@ def test_a_divided_stream_gets_divided_residuals() -> None:
         plain = network(**feeds, control=control)
         network.stream_scales = StreamScales((2.0, 8.0), (16.0, 4.0))
         assert rel_l2(network(**feeds, control=control), plain) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"control_blocks": (3, 1)}, "does not rise"),
+        ({"control_blocks": (EXECUTED,)}, f"names residual block {EXECUTED}; this network executes {EXECUTED}"),
+        ({"control_blocks": (0,), "switch_level": (True,)}, "levels have one size"),
+        ({"control_blocks": (0,), "block_out_channels": (20, 25)}, "and one width"),
+    ],
+)
+def test_blocks_that_a_stage_c_lacks_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        DenoiserConfig.from_dict(dataclasses.asdict(STAGE_C) | change)
+    assert DenoiserConfig.from_dict(dataclasses.asdict(STAGE_C)).executed_res_blocks == EXECUTED
 
 
 def test_control_that_does_not_fit_is_refused() -> None:

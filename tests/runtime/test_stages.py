@@ -43,6 +43,10 @@ DIMS = {
     "map_width": 320,
     "granularity": 8,
     "compression": 4,
+    "control_channels": 1,
+    "control_blocks": 8,
+    "control_stride": 32,
+    "stream_width": 2048,
     "kv_0.blocks": 3,
     "kv_0.width": 2048,
     "kv_2.blocks": 5,
@@ -204,9 +208,10 @@ def test_batch_is_the_first_axis_wherever_there_is_one(name: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ENGINES)
-def test_every_row_resolves(name: str, precision: str) -> None:
+@pytest.mark.parametrize("features", [(), ("control",)])
+def test_every_row_resolves(name: str, precision: str, features: tuple[str, ...]) -> None:
     """What is left free has a range, and every output's shape follows from the inputs."""
-    made = ENGINES[name].resolve(DIMS, PRECISIONS[precision])
+    made = ENGINES[name].resolve(DIMS, PRECISIONS[precision], features)
     used = {size for tensor in made.tensors for size in tensor.free_names}
     assert used == set(made.ranges)
     told = {size for tensor in made.inputs for a in tensor.axes if isinstance(a, str) for size in axis_of(a).names}

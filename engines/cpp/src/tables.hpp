@@ -50,6 +50,10 @@ inline constexpr Pair kRequestFields[] = {
     {"init_image", "null"},
     {"strength", "null"},
     {"mask_image", "null"},
+    {"control_image", "null"},
+    {"control_scale", "1.0"},
+    {"control_kind", "null"},
+    {"control_filtered", "false"},
     {"loras", "[]"},
     {"output_type", "\"pil\""},
     {nullptr, nullptr}};
@@ -95,6 +99,10 @@ inline constexpr EngineRow kEngines[] = {
     {"stage_a.encode", "a", "stage_a", false},
     {"effnet_encoder", "effnet", "effnet", false},
     {"previewer", "previewer", "previewer", false},
+    {"controlnet.canny", "canny", "controlnet_canny", false},
+    {"controlnet.inpainting", "inpainting", "controlnet_inpainting", false},
+    {"controlnet.super_resolution", "super-resolution", "controlnet_super_resolution", false},
+    {"controlnet.picture", "picture", "controlnet_picture", false},
 };
 
 struct ItemSize { const char* dtype; std::int64_t bytes; };

@@ -1,7 +1,7 @@
 """ControlNet for Stage C: a control picture -> one residual for each of several blocks of Stage C.
 
 A ControlNet runs once a picture: its residuals are the same for every step. Which blocks they belong to is not in a
-published file but in its config (``proj_blocks``); ``Denoiser`` adds them (see ``denoiser.Control``).
+published file but in its config (``proj_blocks``); ``Denoiser`` adds them (see ``DenoiserConfig.control_blocks``).
 Keys are the published ones: ``backbone...`` and ``projections.{i}.{0,2}.weight``.
 Matches: ``StableCascade/modules/controlnet.py``.
 """
@@ -20,10 +20,18 @@ from .config import Channels, read_config
 from .effnet import EFFICIENTNET_V2_S, EffNetConfig, SemanticEncoder, StageRow
 
 Bottleneck = Literal["effnet", "simple", "large"]
+Filter = Literal["canny", "inpainting", "super_resolution", "picture"]
+"""What a control picture shows: `cascade_rt.stages.CONTROLS`."""
 
 PUBLISHED_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
 _SLOPE = 0.2
 _PIXEL_CHANNELS = 3
+_CHANNELS: dict[str, tuple[int, ...]] = {
+    "canny": (1,),
+    "inpainting": (4,),
+    "super_resolution": (16,),
+    "picture": (1, 3),
+}
 _SIMPLE_FACTOR = 4  # the hidden width of "simple", in multiples of the input's
 _LARGE_LAYERS = 8
 
@@ -37,6 +45,7 @@ class ControlNetConfig:
         projection_channels: width of Stage C, which the residuals are added to.
         proj_blocks: for each residual the index of its residual block in Stage C, counted in the order of execution:
             down, then up; a block that is executed twice counts twice.
+        filter: what its control picture shows.
         bottleneck: the backbone: "effnet" (EfficientNetV2 features, a residual stands for 32 pixels), "simple" (two
             convolutions) or "large" (a wide residual network); both of these keep the size.
         stages, stem_channels, last_channels: of "effnet", as in `EffNetConfig`.
@@ -48,6 +57,7 @@ class ControlNetConfig:
     proj_blocks: Annotated[tuple[Annotated[int, Meta(ge=0, le=4095)], ...], Meta(min_length=1, max_length=256)] = (
         PUBLISHED_BLOCKS
     )
+    filter: Filter = "canny"
     bottleneck: Bottleneck = "effnet"
     stages: Annotated[tuple[StageRow, ...], Meta(min_length=1, max_length=16)] = EFFICIENTNET_V2_S
     stem_channels: Channels = 24
@@ -63,6 +73,9 @@ class ControlNetConfig:
         """
         if any(later <= earlier for earlier, later in zip(self.proj_blocks, self.proj_blocks[1:], strict=False)):
             raise ValueError(f"proj_blocks {list(self.proj_blocks)} does not rise; each residual has its own block")
+        if self.in_channels not in _CHANNELS[self.filter]:
+            wanted = " or ".join(map(str, _CHANNELS[self.filter]))
+            raise ValueError(f"in_channels is {self.in_channels}; a ControlNet for {self.filter} has {wanted}")
         self.features.check()
 
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,18 +39,21 @@ class Context(NamedTuple):
         modulation: ``[steps, M]``: scale and shift of every TimestepBlock for every timestep of the schedule.
         kv: for each level with attention ``[B, blocks, 2, T, inner]``: keys and values of the condition tokens.
         condition_map: ``[B, H, W, C]``, Stage B only: the effnet and pixel maps, added after the embedding.
+        control: ``[B, n, H, W, C]``, Stage C with a ControlNet only: what is added to the stream in front of each of
+            the config's ``control_blocks``, divided as the stream is there.
     """
 
     modulation: Tensor
     kv: tuple[Tensor, ...]
     condition_map: Tensor | None
+    control: Tensor | None = None
 
 
 class Control(NamedTuple):
     """What a ControlNet adds to a Stage C; the same for every step.
 
     Attributes:
-        residuals: ``[B, n, h, w, C]``: a residual for each of ``blocks``. Where h and w are not the latents' size they
+        residuals: ``[B, n, h, w, C]``: a residual for each of ``blocks``. Where h and w are not the stream's size they
             are resized (bilinear, corners aligned); the host resizes them before a graph gets them.
         blocks: for each residual the index of the residual block in front of which it is added to the stream. Blocks
             are counted in the order of execution: down, then up; a block that is executed twice counts twice.
@@ -237,6 +240,7 @@ class Denoiser(nn.Module):
         clip_text: Tensor | None = None,
         clip_img: Tensor | None = None,
         effnet: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> Context:
         """Everything that does not depend on the latents.
 
@@ -248,9 +252,14 @@ class Denoiser(nn.Module):
             effnet: Stage B: ``[B, 16, H / patch, W / patch]`` float32: Stage C's latents, already resized
                 (bilinear, corners aligned) to the grid on which the network works. The host resizes, so that no
                 graph needs a Resize, which engines lack in bfloat16.
+            residuals: Stage C: ``[B, n, H, W, C]`` float32: of a ControlNet, one for each of the config's
+                ``control_blocks``, on the grid on which the network works.
 
         Returns:
             The context, in the dtype of the weights.
+
+        Raises:
+            ValueError: ``residuals`` do not fit the network.
         """
         condition = self._condition_tokens(clip_text_pooled, clip_text, clip_img)
         kv = tuple(
@@ -261,35 +270,43 @@ class Denoiser(nn.Module):
         table = [block.modulation(timestep_embedding, zero) for block in self._timestep_blocks()]
         # a network without TimestepBlocks still has a table, of no columns
         modulation = torch.cat([timestep_embedding[:, :0], *table], dim=-1).to(self.dtype)
-        return Context(modulation, kv, self._condition_map(effnet))
+        control = None
+        if residuals is not None:
+            blocks = self.config.control_blocks
+            control = torch.stack(self._divided(Control(residuals, blocks)), dim=1).to(self.dtype)
+        return Context(modulation, kv, self._condition_map(effnet), control)
 
     @property
     def executed_res_blocks(self) -> int:
         """How many residual blocks one call executes; a block that is repeated counts each time."""
-        total = 0
+        return len(self._executed())
+
+    def _executed(self) -> list[ResBlock]:
+        """The residual blocks in the order of execution; a block that is repeated stands there each time."""
+        found: list[ResBlock] = []
         halves = ((self.down_blocks, self.down_repeat_mappers), (self.up_blocks, self.up_repeat_mappers))
         for stacks, repeats in halves:
             for stack, mappers in zip(stacks, repeats, strict=True):
                 assert isinstance(mappers, nn.ModuleList)
-                total += (len(mappers) + 1) * sum(isinstance(block, ResBlock) for block in stack.children())
-        return total
+                found += [b for b in stack.children() if isinstance(b, ResBlock)] * (len(mappers) + 1)
+        return found
 
-    def step(self, latents: Tensor, step: Tensor, context: Context, control: Control | None = None) -> Tensor:
+    def step(self, latents: Tensor, step: Tensor, context: Context) -> Tensor:
         """One denoising step: the network's prediction for ``latents``, each sample at its own row of the table.
 
         Args:
             latents: ``[B, C, H, W]`` float32; H and W multiples of ``config.granularity``.
             step: ``[B]`` int64: for each sample the row of ``context.modulation``.
             context: from `context`.
-            control: residuals of a ControlNet.
 
         Returns:
             ``[B, C_out, H, W]`` float32.
-
-        Raises:
-            ValueError: ``control`` does not fit the network.
         """
-        return self._denoise(latents, context.modulation.index_select(0, step), context, control)
+        added: dict[int, Tensor] = {}
+        if context.control is not None:
+            parts = [part.squeeze(1) for part in context.control.split(1, dim=1)]  # one Split, as of the tables
+            added = dict(zip(self.config.control_blocks, parts, strict=True))
+        return self._denoise(latents, context.modulation.index_select(0, step), context, added)
 
     def forward(
         self,
@@ -310,7 +327,7 @@ class Denoiser(nn.Module):
             clip_text: Stage C: ``[B, L, E]``.
             clip_img: Stage C: ``[B, n, I]``.
             effnet: Stage B: ``[B, 16, h, w]`` of any size; resized here.
-            control: residuals of a ControlNet, of any size.
+            control: residuals of a ControlNet, of any size, for any blocks.
 
         Returns:
             Prediction ``[B, C_out, H, W]`` float32.
@@ -323,21 +340,27 @@ class Denoiser(nn.Module):
             effnet = F.interpolate(effnet.float(), size=size, mode="bilinear", align_corners=True)
         embedding = timestep_embedding(timestep_ratio, self.config.timestep_ratio_embedding_dim)
         context = self.context(embedding, clip_text_pooled, clip_text, clip_img, effnet)
-        return self._denoise(sample, context.modulation, context, control)
+        added = {} if control is None else dict(zip(control.blocks, self._divided(control), strict=True))
+        return self._denoise(sample, context.modulation, context, added)
 
-    def _check_control(self, control: Control) -> None:
-        count, known = control.residuals.shape[1], self.executed_res_blocks
+    def _divided(self, control: Control) -> list[Tensor]:
+        """A ControlNet's residuals, each divided as the stream is in front of its block.
+
+        Raises:
+            ValueError: they do not fit the network.
+        """
+        blocks = self._executed()
+        count = control.residuals.shape[1]
         if count != len(control.blocks):
             raise ValueError(f"control has {count} residuals for {len(control.blocks)} blocks")
-        if beyond := [index for index in control.blocks if not 0 <= index < known]:
-            raise ValueError(f"control names residual block {beyond[0]}; this network executes {known}, from 0")
+        if beyond := [index for index in control.blocks if not 0 <= index < len(blocks)]:
+            raise ValueError(f"control names residual block {beyond[0]}; this network executes {len(blocks)}, from 0")
+        parts = zip(control.blocks, control.residuals.unbind(1), strict=True)
+        return [shrink(part, blocks[index].stream_scale) for index, part in parts]
 
-    def _denoise(self, latents: Tensor, modulation: Tensor, context: Context, control: Control | None) -> Tensor:
-        residuals: dict[int, Tensor] = {}
-        if control is not None:
-            self._check_control(control)
-            residuals = dict(zip(control.blocks, control.residuals.unbind(1), strict=True))
-        executed = itertools.count()  # residual blocks so far, which is how the residuals' blocks are counted
+    def _denoise(self, latents: Tensor, modulation: Tensor, context: Context, added: Mapping[int, Tensor]) -> Tensor:
+        """The network; ``added`` goes onto the stream in front of the executed residual block of that index."""
+        executed = itertools.count()  # residual blocks so far
         scales = self.stream_scales
         unshuffle, project, norm = self.embedding
         x = norm(project(unshuffle(latents.to(self.dtype)).permute(0, 2, 3, 1)))
@@ -360,8 +383,8 @@ class Denoiser(nn.Module):
             for turn in range(len(repeats) + 1):
                 for position, block in enumerate(blocks):
                     if isinstance(block, ResBlock):
-                        if (residual := residuals.get(next(executed))) is not None:
-                            x = x + shrink(_resized(residual, x), block.stream_scale).to(x.dtype)
+                        if (residual := added.get(next(executed))) is not None:
+                            x = x + _resized(residual, x).to(x.dtype)
                         x = block(x, skip if position == 0 else None)
                     elif isinstance(block, TimestepBlock):
                         x = block(x, *rows[block])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -28,6 +29,9 @@ class DenoiserConfig:
 
     ``up_*`` lists are given deepest level first, as in every published config. Where the number of heads does not
     divide the width, an attention block is ``width // heads * heads`` wide inside, as in diffusers.
+
+    ``control_blocks`` is ours: the residual blocks of a Stage C in front of which a ControlNet's residuals are added,
+    counted in the order of execution (down, then up; a repeated block counts each time). Empty: it takes none.
     """
 
     in_channels: Channels = 16
@@ -59,6 +63,7 @@ class DenoiserConfig:
         "crp",
     )
     switch_level: tuple[bool, ...] | None = None
+    control_blocks: Annotated[tuple[Annotated[int, Meta(ge=0, le=4095)], ...], Meta(max_length=256)] = ()
 
     def check(self) -> None:
         """Refuse fields that contradict each other.
@@ -81,6 +86,21 @@ class DenoiserConfig:
             )
         if self.is_prior and self.clip_image_in_channels is None:
             raise ValueError("clip_image_in_channels is null; a Stage C needs the width of image embeddings")
+        self._check_control()
+
+    def _check_control(self) -> None:
+        blocks = self.control_blocks
+        if not blocks:
+            return
+        if any(later <= earlier for earlier, later in itertools.pairwise(blocks)):
+            raise ValueError(f"control_blocks {list(blocks)} does not rise; each residual has its own block")
+        if blocks[-1] >= self.executed_res_blocks:
+            raise ValueError(
+                f"control_blocks names residual block {blocks[-1]}; this network executes {self.executed_res_blocks}, "
+                "counted from 0"
+            )
+        if not self.is_prior or self.granularity != self.patch_size or len(set(self.block_out_channels)) > 1:
+            raise ValueError("control_blocks needs a Stage C whose levels have one size and one width")
 
     def _check_lengths(self) -> None:
         per_level = (
@@ -150,6 +170,19 @@ class DenoiserConfig:
     def is_prior(self) -> bool:
         """Whether this is a Stage C: conditioned on text tokens and image embeddings."""
         return self.clip_text_in_channels is not None
+
+    @property
+    def executed_res_blocks(self) -> int:
+        """How many residual blocks one call executes; a block that is repeated counts each time."""
+        ways = (
+            (self.down_num_layers_per_block, self.down_blocks_repeat_mappers),
+            (self.up_num_layers_per_block[::-1], self.up_blocks_repeat_mappers[::-1]),
+        )
+        return sum(
+            types.count(RES) * layers[level] * repeats[level]
+            for level, types in enumerate(self.block_types_per_layer)
+            for layers, repeats in ways
+        )
 
     @property
     def granularity(self) -> int:
