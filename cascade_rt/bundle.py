@@ -73,7 +73,8 @@ class Bundle:
         return path
 
     def _check(self, path: Path, record: FileRecord) -> None:
-        if not path.resolve(strict=True).is_relative_to(self.path.resolve(strict=True)):
+        file, folder = path.resolve(strict=True), self.path.resolve(strict=True)
+        if not (file.is_relative_to(folder) or file.is_relative_to(_blobs(folder))):
             raise BundleError(f"{name_of(path)} is a link that leads out of the bundle; put the file itself there")
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -166,6 +167,11 @@ def _out(path: Path) -> str:
     return f"--out={shlex.quote(text)}" if text.startswith("-") else f"--out {shlex.quote(text)}"
 
 
+def _blobs(folder: Path) -> Path:
+    """Where the hub's cache keeps the files of a snapshot, which is a folder of links; else the folder itself."""
+    return folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+
+
 def default_bundle_path() -> Path:
     """Where the bundle lies that is shipped in the package."""
     return Path(str(importlib.resources.files("cascade_tiny"))) / "bundle"
@@ -206,5 +212,5 @@ def _fetch(hub_id: str) -> Path:
     except Exception as error:  # the hub client raises many unrelated types; all mean "not fetched"
         raise BundleNotFoundError(
             f"there is no folder {name_of(hub_id)}, and the hub did not give it ({type(error).__name__}); "
-            "pass the path of a bundle"
+            "pass the path of a bundle; for a private one log in with: hf auth login"
         ) from error

@@ -23,6 +23,7 @@ SLOW_FILES = (
     "cpp/test_*.py",
     "export/test_export.py",
     "export/test_lora.py",
+    "export/test_optimum.py",
     "export/test_precision.py",
     "export/test_staging.py",
     "export/test_tensorrt.py",

@@ -22,6 +22,7 @@ from .catalog import COMPONENTS, check_config
 from .folders import TOKENIZER_FOLDERS, FolderCheckpoint, open_folder, read_facts
 from .models import TextEncoderConfig
 from .networks import Checkpoint, CheckpointFacts, Network, TokenizerSource, check_no_pickle
+from .official import DECODER_REPO, OFFICIAL_LICENCE, OFFICIAL_REPOS, PRIOR_REPO
 from .originals import split_single_file
 from .tokenizer import MOST_BYTES, byte_tokenizer, check_tokenizer
 from .weights import DividedSource, SafetensorsSource, TensorSource
@@ -257,12 +258,13 @@ class HubCheckpoint:
         """What it says of the cascade as a whole; another repository than the official ones is asked for it."""
         if self.repo is not None:
             revision = self._revision(self.repo)
-            return read_facts(self._fetch(self.repo, []), self.size, source=self.repo, revision=revision)
+            folder = self._fetch(self.repo, [])
+            return read_facts(folder, self.size, source=self.repo, licence=_licence(self.repo), revision=revision)
         return CheckpointFacts(
-            source=presets.DECODER_REPO,
+            source=DECODER_REPO,
             name=f"stable-cascade-{self.size}",
             size=self.size,
-            licence=presets.OFFICIAL_LICENCE,
+            licence=OFFICIAL_LICENCE,
             height=1024,
             width=1024,
         )
@@ -276,21 +278,19 @@ class HubCheckpoint:
         patterns = [f"{folder}/*" for folder in folders]
         if name in ("effnet", "previewer"):
             patterns += [f"{stem}.safetensors" for stem in row.root_files]
-        repo = self.repo or (presets.PRIOR_REPO if name in ("stage_c", "image_encoder") else presets.DECODER_REPO)
+        repo = self.repo or (PRIOR_REPO if name in ("stage_c", "image_encoder") else DECODER_REPO)
         return self._folder(repo, patterns).network(name)
 
     def tokenizer(self) -> TokenizerSource | None:
         """The tokenizer."""
         patterns = [f"{folder}/*" for folder in (*TOKENIZER_FOLDERS, *COMPONENTS["text_encoder"].folders)]
-        return self._folder(self.repo or presets.DECODER_REPO, patterns).tokenizer()
+        return self._folder(self.repo or DECODER_REPO, patterns).tokenizer()
 
     def _folder(self, repo: str, patterns: list[str]) -> FolderCheckpoint:
         key = (repo, *patterns)
         if key not in self._folders:
-            licence = presets.OFFICIAL_LICENCE if self.repo is None else None
-            self._folders[key] = open_folder(
-                self._fetch(repo, patterns), self.size, source=repo, licence=licence, revision=self._revision(repo)
-            )
+            folder, revision = self._fetch(repo, patterns), self._revision(repo)
+            self._folders[key] = open_folder(folder, self.size, source=repo, licence=_licence(repo), revision=revision)
         return self._folders[key]
 
     def _revision(self, repo: str) -> str:
@@ -322,6 +322,11 @@ class HubCheckpoint:
         except Exception as error:  # as above: all mean "not fetched"
             raise _not_given(repo, error) from error
         return Path(path)
+
+
+def _licence(repo: str) -> str | None:
+    """The licence of a repository's weights; None: what the repository itself says."""
+    return OFFICIAL_LICENCE if repo in OFFICIAL_REPOS else None
 
 
 def _not_given(repo: str, error: Exception) -> CheckpointError:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cascade_rt
 from cascade_rt.bundle import Bundle, find_bundle
@@ -17,6 +18,9 @@ from cascade_rt.lora import parse_lora
 from cascade_rt.manifest import MANIFEST
 from cascade_rt.serve.triton import write_repository
 from cascade_rt.stages import PRECISIONS, SIZES, Precision, Size, StageName, stage_names
+
+if TYPE_CHECKING:
+    from .hub import Publication
 
 EXAMPLES = """examples:
   cascade-export --stage all --size tiny
@@ -28,6 +32,7 @@ EXAMPLES = """examples:
   cascade-export --stage c --size big --control --out cascade-big
   cascade-export --stage canny --checkpoint controlnet/canny.safetensors --out cascade-big
   cascade-export --triton model-repository --out my-bundle
+  cascade-export --push-to-hub me/my-cascade --out my-bundle
 """
 
 
@@ -37,6 +42,46 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "cascade-export", "Export stages of Stable Cascade to ONNX and TensorRT, into an engine bundle.", EXAMPLES
     )
     parser.add_argument(
+        "--checkpoint",
+        type=as_place,
+        metavar="PLACE",
+        help="diffusers folder, original or ComfyUI .safetensors, bundle, hub id, or random:SEED "
+        "(default: the size's official weights; tiny: the shipped ones)",
+    )
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
+    add_export_options(parser)
+    parser.add_argument(
+        "--triton",
+        type=as_path,
+        metavar="DIR",
+        help="write a Triton model repository of the bundle; without --stage: of the one at --out (default: shipped)",
+    )
+    hub = parser.add_argument_group("the hub", "What becomes of a bundle that is published.")
+    hub.add_argument(
+        "--push-to-hub",
+        type=as_place,
+        metavar="OWNER/NAME",
+        help="upload the bundle with a model card; without --stage: the one at --out (default: shipped)",
+    )
+    hub.add_argument(
+        "--private", action="store_true", help="the repository is private; needed for the official weights"
+    )
+    hub.add_argument(
+        "--licence", type=as_place, metavar="NAME", help="of the weights, where the checkpoint does not say: apache-2.0"
+    )
+    hub.add_argument("--no-pictures", action="store_true", help="draw no pictures for the model card")
+    parser.add_argument("--version", action="version", version=f"cascade-rt {cascade_rt.__version__}")
+    args = parser.parse_args(argv)
+    if not args.stage and args.triton is None and args.push_to_hub is None:
+        parser.error("the following arguments are required: --stage")
+    if args.push_to_hub is None and (args.private or args.licence or args.no_pictures):
+        parser.error("--private, --licence and --no-pictures are of --push-to-hub OWNER/NAME")
+    return args
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """What an export takes but for where it reads and writes; ``optimum-cli export cascade`` takes the same."""
+    parser.add_argument(
         "--stage",
         action="append",
         choices=(*stage_names(), "all"),
@@ -44,13 +89,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="what to export; repeatable; all: everything that the checkpoint has",
     )
     parser.add_argument("--size", choices=SIZES, help="official size (default: tiny where no checkpoint is named)")
-    parser.add_argument(
-        "--checkpoint",
-        type=as_place,
-        metavar="PLACE",
-        help="diffusers folder, original or ComfyUI .safetensors, bundle, hub id, or random:SEED "
-        "(default: the size's official weights; tiny: the shipped ones)",
-    )
     parser.add_argument(
         "--precision",
         choices=tuple(PRECISIONS),
@@ -98,33 +136,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="residual blocks of Stage C that take a ControlNet's residuals, counted in the order of execution "
         "(default: the checkpoint's, or those of the published ControlNets)",
     )
-    parser.add_argument("--out", type=as_path, metavar="DIR", help="bundle to make or add to (default: ./cascade-SIZE)")
-    parser.add_argument(
-        "--triton",
-        type=as_path,
-        metavar="DIR",
-        help="write a Triton model repository of the bundle; without --stage: of the one at --out (default: shipped)",
-    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare with fp32 PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace stages that the bundle has already")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--version", action="version", version=f"cascade-rt {cascade_rt.__version__}")
-    args = parser.parse_args(argv)
-    if not args.stage and args.triton is None:
-        parser.error("the following arguments are required: --stage")
-    return args
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks."""
-    bundle = make_bundle(args) if args.stage else find_bundle(args.out)
+    publication = None
+    if args.push_to_hub is not None:
+        from .hub import Publication
+
+        publication = Publication(
+            repo=args.push_to_hub,
+            private=args.private,
+            licence=args.licence,
+            pictures=not args.no_pictures,
+            quiet=args.quiet,
+        )
+    bundle = make_bundle(args, publication) if args.stage else find_bundle(args.out)
     if args.triton is not None:
         for model in write_repository(bundle, args.triton):
             _say(f"model: {model}")
+    if publication is not None:
+        _say(f"published: {publication.push(bundle, _say)}")
 
 
-def make_bundle(args: argparse.Namespace) -> Bundle:
-    """Export what the command line names."""
+def make_bundle(args: argparse.Namespace, publication: Publication | None = None) -> Bundle:
+    """Export what the command line names.
+
+    Args:
+        args: of `parse_args`, or of ``optimum-cli export cascade``.
+        publication: what is done with the bundle afterwards, which may refuse the checkpoint's licence now.
+    """
     try:
         from .staging import check_current_folder
 
@@ -157,6 +201,8 @@ def make_bundle(args: argparse.Namespace) -> Bundle:
         precision = own or PRECISIONS["bf16" if size in ("small", "big") else "fp32"]
     # engine files are added to a bundle from what it holds already, unless another checkpoint is named
     checkpoint = with_loras(open_checkpoint(str(out) if own else args.checkpoint, size), loras, stages, _say)
+    if publication is not None:
+        publication.check_licence(checkpoint.facts.licence, checkpoint.facts.source)
     request = ExportRequest(
         stages=stages,
         precision=precision,

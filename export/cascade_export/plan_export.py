@@ -21,6 +21,7 @@ from .models import DenoiserConfig
 from .models.controlnet import PUBLISHED_BLOCKS
 from .names import graph_name, weights_name
 from .networks import Checkpoint, CheckpointFacts, Network, TokenizerSource
+from .official import UNKNOWN_LICENCE
 from .targets import ONNX, BuildTarget
 from .weights import TensorSource
 
@@ -160,7 +161,7 @@ def model_record(facts: CheckpointFacts, network: Network, config: dict[str, Any
 
 def licence_of(facts: CheckpointFacts) -> str:
     """The licence of a checkpoint's weights, for the manifest."""
-    return facts.licence or "that of the checkpoint, which does not say"
+    return facts.licence or UNKNOWN_LICENCE
 
 
 def _network(

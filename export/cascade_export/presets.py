@@ -26,9 +26,6 @@ from .models import ControlNetConfig, DenoiserConfig, EffNetConfig, PreviewerCon
 from .models.denoiser_config import BLOCK_TYPES
 from .networks import SchedulerConfig
 
-PRIOR_REPO = "stabilityai/stable-cascade-prior"
-DECODER_REPO = "stabilityai/stable-cascade"
-OFFICIAL_LICENCE = "Stability AI non-commercial research community licence"
 AUTHORS_LATENT_SCALE = 0.43
 DIFFUSERS_LATENT_SCALE = 0.3764
 PLAIN_SCHEDULER = SchedulerConfig()

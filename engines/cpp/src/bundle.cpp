@@ -148,12 +148,25 @@ std::string Bundle::Impl::file(const std::string& name) const {
   return place;
 }
 
+namespace {
+bool lies_in(const fs::path& folder, const fs::path& file) {
+  const auto relative = file.lexically_relative(folder);
+  return !relative.empty() && *relative.begin() != "..";
+}
+
+// Where the hub's cache keeps the files of a snapshot, which is a folder of links; else the folder itself.
+fs::path blobs(const fs::path& folder) {
+  const auto above = folder.parent_path();
+  return above.filename() == "snapshots" ? above.parent_path() / "blobs" : folder;
+}
+}  // namespace
+
 void Bundle::Impl::check(const std::string& name, const std::string& place) const {
   const FileRecord* record = manifest.file(name);
   if (record == nullptr) throw BundleError("the manifest names no file " + shown(name));
   try {
-    const auto real = fs::canonical(fs::u8path(place)).lexically_relative(fs::canonical(fs::u8path(path)));
-    if (real.empty() || *real.begin() == "..") {
+    const auto real = fs::canonical(fs::u8path(place)), folder = fs::canonical(fs::u8path(path));
+    if (!lies_in(folder, real) && !lies_in(blobs(folder), real)) {
       throw BundleError(name_of(place) + " is a link that leads out of the bundle; put the file itself there");
     }
     if (!fs::is_regular_file(fs::u8path(place))) throw BundleError(name_of(place) + " is no regular file; " + rebuild());
