@@ -11,7 +11,7 @@ SEED ?= 0
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 PARALLEL = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist loadgroup --no-loadscope-reorder")
 
-.PHONY: help demo check test test-wheel lint bench bench-gpu cpp cpp-needs clean
+.PHONY: help demo check test test-wheel lint bench bench-gpu cpp cpp-needs try docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -85,6 +85,13 @@ cpp-needs:
 	test -f engines/cpp/CMakeLists.txt || missing="$$missing, engines/cpp"; \
 	test -z "$$missing" || { echo "make cpp cannot build here; missing:$${missing#,}."; \
 		echo "On Debian and Ubuntu: apt-get install $(CPP_PACKAGES)"; exit 1; }
+
+try: $(VENV)/.demo ## the tiny cascade in your browser: http://127.0.0.1:8001 (fetches onnxruntime-web by npm)
+	$(BIN)/python docs/try_page.py build/try
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/try 8001
+
+docs: $(VENV)/.dev ## the documentation: build/site (strict: a link that leads nowhere is an error)
+	$(BIN)/python docs/site.py build/site
 
 clean: ## remove what these commands made
 	rm -rf $(VENV) build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
