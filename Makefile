@@ -11,7 +11,7 @@ SEED ?= 0
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 PARALLEL = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist loadgroup --no-loadscope-reorder")
 
-.PHONY: help demo check test test-wheel lint bench bench-gpu cpp cpp-needs try docs clean
+.PHONY: help demo check test test-wheel lowest lint bench bench-gpu cpp cpp-needs try docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -50,6 +50,17 @@ test-wheel: $(VENV)/.dev ## the runtime's tests over the built wheel, without to
 	mkdir build/wheel/tests && cp -r tests/runtime tests/conftest.py tests/opened.py build/wheel/tests/
 	cd build/wheel && venv/bin/python -c 'import importlib.util as u; assert u.find_spec("torch") is None'
 	cd build/wheel && venv/bin/python -m pytest -q -rs --durations=5 --import-mode=importlib -p no:cacheprovider \
+		-o pythonpath=tests -o markers="slow: takes longer than 2 s" tests
+
+# the same tests with the oldest versions that pyproject.toml allows
+lowest: ## the runtime's tests over the lowest versions of what it needs (takes uv)
+	rm -rf build/lowest && mkdir -p build/lowest
+	uv pip compile --quiet --resolution lowest-direct --extra onnxruntime pyproject.toml -o build/lowest/pins.txt
+	uv venv --quiet build/lowest/venv
+	uv pip install --quiet --python build/lowest/venv/bin/python -r build/lowest/pins.txt pytest hypothesis jsonschema
+	uv pip install --quiet --python build/lowest/venv/bin/python --no-deps .
+	mkdir build/lowest/tests && cp -r tests/runtime tests/conftest.py tests/opened.py build/lowest/tests/
+	cd build/lowest && venv/bin/python -m pytest -q -rs --import-mode=importlib -p no:cacheprovider \
 		-o pythonpath=tests -o markers="slow: takes longer than 2 s" tests
 
 lint: $(VENV)/.dev ## ruff and mypy

@@ -21,6 +21,7 @@ from cascade_rt.manifest import MANIFEST
 SLOW_FILES = (
     "bench/test_*.py",
     "cpp/test_*.py",
+    "docs/test_package.py",
     "docs/test_try_page.py",
     "export/test_export.py",
     "export/test_lora.py",

@@ -148,7 +148,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         error = "" if row["rel_error"] is None else f"{row['rel_error']:.1e}"
         ratio = "" if row["ratio_to_eager"] is None else f"{row['ratio_to_eager']:.2f}"
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        peak += "" if row["own_mib"] is None else f" ({row['own_mib']:.0f})"
+        own = row.get("own_mib")  # results from before it was measured have the peak alone
+        peak += "" if own is None else f" ({own:.0f})"
         spread = f"{seconds_text(row['median_s'])} ({seconds_text(row['p10_s'])} - {seconds_text(row['p90_s'])})"
         note = f" {row['skipped']}" if row["skipped"] else ""
         load, first = seconds_text(row["load_s"]), seconds_text(row["first_s"])
