@@ -66,6 +66,7 @@ of every other file by itself. The longest groups come first, so that no worker 
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist, which need not be installed")
     config.addinivalue_line(
         "markers",
         "covers(engine, kind): this test is the engine's export, parity or runtime test. It may not be skipped; one of "
