@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "int64": torch.int64,
     "uint8": torch.uint8,
+}
+_ONNX_DTYPE = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
 }
 _PREFIX = "model."
 
@@ -108,9 +113,27 @@ def trace(
     weights = tuple(str(v.name) for v in hidden if v.name in graph.initializers and v.uses())
     for name in [n for n, v in graph.initializers.items() if not v.uses()]:
         del graph.initializers[name]
+    if precision.weights != precision.compute:
+        _widen(graph, weights, precision)
     _check_and_name(spec, graph)
     program.model.doc_string = f"cascade-rt {spec.name} ({precision.name})"
     return Traced(program.model, weights)
+
+
+def _widen(graph: ir.Graph, weights: Iterable[str], precision: Precision) -> None:
+    """Have a graph read its weights in the dtype in which they are stored, and cast them to that of its arithmetic.
+
+    Runtimes fold the casts when they load the graph.
+    """
+    stored, compute = (_ONNX_DTYPE[kind] for kind in (precision.weights, precision.compute))
+    casts = []
+    for name in weights:
+        value = graph.initializers[name]
+        wide = ir.Value(name=f"{name}.wide", shape=value.shape, type=ir.TensorType(compute))
+        value.replace_all_uses_with(wide)
+        casts.append(ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(compute))], outputs=[wide]))
+        value.type = ir.TensorType(stored)
+    graph.insert_before(graph[0], casts)
 
 
 def _build(component: str, config: Config, dtype: torch.dtype) -> nn.Module:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from cascade_export.weights_file import write_weights
 from cascade_rt.errors import ExportError
 from cascade_rt.stages import ENGINES, PRECISIONS, EngineSpec, axis_of, tensor_row
 from cascades import SMALL_CONFIGS
+from reference import rel_l2
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -43,8 +46,10 @@ def saved(name: str, precision: str, folder: Path) -> tuple[Traced, onnx.GraphPr
     return traced, onnx.load(folder / "g.onnx", load_external_data=False).graph
 
 
-@pytest.mark.parametrize("precision", list(PRECISIONS))
-@pytest.mark.parametrize("name", list(ENGINES))
+TRACED = [(name, precision) for name in ENGINES for precision in ("fp32", "fp16", "bf16")]
+
+
+@pytest.mark.parametrize(("name", "precision"), [*TRACED, ("previewer", "w16")])
 def test_an_engine_traces(name: str, precision: str, tmp_path: Path) -> None:
     spec = resolved(name, precision)
     traced, graph = saved(name, precision, tmp_path)
@@ -121,6 +126,24 @@ def test_a_channel_that_is_zero_everywhere_has_a_finite_gradient() -> None:
     assert x.grad is not None
     assert x.grad.isfinite().all()
     assert x.grad.abs().max() > 0
+
+
+def test_weights_of_half_the_size_are_widened_before_they_are_used(tmp_path: Path) -> None:
+    """The arithmetic is that of fp32 over rounded weights."""
+    runs = {}
+    for precision in ("fp32", "w16"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        traced, graph = saved("previewer", precision, folder)
+        kinds = {entry.name: entry.data_type for entry in graph.initializer}
+        stored = {kinds[name] for name in traced.weights}
+        assert stored == {onnx.TensorProto.FLOAT if precision == "fp32" else onnx.TensorProto.FLOAT16}
+        session = onnxruntime.InferenceSession(folder / "g.onnx", providers=["CPUExecutionProvider"])
+        latents = np.random.default_rng(0).standard_normal((1, 16, 4, 6), dtype=np.float32)
+        runs[precision] = session.run(None, {"latents": latents})[0]
+    sizes = {precision: (tmp_path / precision / "w.safetensors").stat().st_size for precision in runs}
+    assert sizes["w16"] < 0.6 * sizes["fp32"]
+    assert 1e-6 < rel_l2(runs["w16"], runs["fp32"]) < 1e-3
 
 
 def test_every_engine_has_a_call() -> None:
