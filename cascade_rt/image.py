@@ -60,7 +60,8 @@ def colours_of(latents: Array, factors: Array, offset: Array) -> Array:
         factors: ``[C, 3]`` float32.
         offset: ``[3]`` float32.
     """
-    colours: Array = np.clip(latents.transpose(0, 2, 3, 1) @ factors + offset, 0, 1)
+    summed = latents.transpose(0, 2, 3, 1).astype(np.float64) @ factors.astype(np.float64)  # rounded once, as in C++
+    colours: Array = np.clip(summed.astype(np.float32) + offset, 0, 1)
     return colours
 
 

@@ -263,7 +263,10 @@ class Lora:
         rows = len(up) // count
         factor = 1.0 if pair.alpha is None else pair.alpha / len(down)
         with np.errstate(all="ignore"):  # what overflows is found below
-            product = np.float32(factor) * (up[index * rows : (index + 1) * rows] @ down)
+            # float64 holds every product of two numbers exactly: what is left to the BLAS library's order of sums is
+            # lost when the sum is rounded, so that C++ gives the same bits
+            ours = up[index * rows : (index + 1) * rows].astype(np.float64)
+            product = np.float32(factor) * (ours @ down.astype(np.float64)).astype(np.float32)
             flat = weight.reshape(len(weight), -1).astype(np.float32)
             if pair.magnitude is None:
                 changed = flat + np.float32(self.scale) * product

@@ -60,7 +60,7 @@ class LoopDefaults(Record, frozen=True, kw_only=True):
     s: Annotated[float, Meta(gt=0, le=100)] = 0.008
 
 
-class SamplerPreset(Record, frozen=True, kw_only=True):
+class SamplerDefaults(Record, frozen=True, kw_only=True):
     """One sampler's defaults.
 
     Attributes:
@@ -391,7 +391,7 @@ class Manifest(Record, frozen=True, kw_only=True):
 
     format_version: Literal[2] = FORMAT_VERSION
     model: ModelFacts
-    sampling: dict[SamplerName, SamplerPreset]
+    sampling: dict[SamplerName, SamplerDefaults]
     presets: dict[PresetName, Preset] = {}
     previews: dict[PreviewName, PreviewFactors] = {}
     tokenizer: TokenizerRecord | None = None

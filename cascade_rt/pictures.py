@@ -43,7 +43,7 @@ def open_picture(field: str, source: Any) -> Image.Image:
 
     picture = _opened(field, source)
     try:
-        upright = ImageOps.exif_transpose(picture)
+        upright = _of_8_bits(ImageOps.exif_transpose(picture))
         if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
             seen = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
@@ -67,12 +67,24 @@ def open_mask(field: str, source: Any) -> Mask:
 
     picture = _opened(field, source)
     try:
-        upright = ImageOps.exif_transpose(picture)
+        upright = _of_8_bits(ImageOps.exif_transpose(picture))
         if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
             return np.asarray(upright.convert("RGBA"))[..., 3] < 128
         return np.asarray(upright.convert("L")) >= 128
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise RequestError(f"{field} cannot be read: {shortened(plain(str(error)))}", field=field) from None
+
+
+def _of_8_bits(picture: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits in its upper 8 bits; Pillow would make everything above 255 white."""
+    if picture.mode != "I;16":
+        return picture
+    values = np.asarray(picture)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    if "transparency" not in picture.info:
+        return grey
+    alpha = np.where(values == picture.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", (grey, Image.fromarray(alpha)))
 
 
 def _opened(field: str, source: Any) -> Image.Image:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .checks import given_or
 from .errors import BundleError, RequestError, refused, shown
-from .manifest import EngineRecord, LoopDefaults, LoopOverrides, Manifest, ModelFacts, Preset, SamplerPreset
+from .manifest import EngineRecord, LoopDefaults, LoopOverrides, Manifest, ModelFacts, Preset, SamplerDefaults
 from .request import ControlKind, LoopSettings, Request, Tensors
 from .sampling import SamplerName, Schedule, make_schedule
 from .seeds import new_seeds
@@ -170,7 +170,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
     engines = _engines(request, manifest, given, part, kind)
     features: dict[str, tuple[str, ...]] = {} if kind is None else dict.fromkeys(STAGE_C, (CONTROL,))
     records = {name: _record(manifest, name, features.get(name, ())) for name in engines}
-    sampler, preset = _preset(request, manifest)
+    sampler, defaults = _sampler_defaults(request, manifest)
     prompts = _prompt_count(request, given, part)
     pictures = _picture_count(request, given, prompts, part)
     seeds = _seeds(request, pictures)
@@ -178,20 +178,20 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
     init, sizes = _sizes(request, manifest, sampler, given, part, strength)
     loops: dict[DenoiserName, LoopPlan | None] = {"stage_c": None, "stage_b": None}
     settings: dict[DenoiserName, tuple[LoopSettings, LoopDefaults, str, tuple[int, int], Any]] = {
-        "stage_c": (request.prior, preset.prior, "prior", sizes.prior, given.latents),
-        "stage_b": (request.decoder, preset.decoder, "decoder", sizes.decoder, given.decoder_latents),
+        "stage_c": (request.prior, defaults.prior, "prior", sizes.prior, given.latents),
+        "stage_b": (request.decoder, defaults.decoder, "decoder", sizes.decoder, given.decoder_latents),
     }
-    for stage, (own, defaults, field, size, latents) in settings.items():
+    for stage, (own, loop_defaults, field, size, latents) in settings.items():
         if f"{stage}.step" not in records:
             continue
         spec = records[f"{stage}.step"].spec
         start = strength if stage == "stage_c" and init is not None else 1.0
-        schedule = _schedule(stage, sampler, own, defaults, manifest, start)
+        schedule = _schedule(stage, sampler, own, loop_defaults, manifest, start)
         loop = LoopPlan(
             stage=stage,
             schedule=schedule,
-            scales=_scales(field, own, defaults, len(schedule), pictures, prompts),
-            rescale=defaults.guidance_rescale,
+            scales=_scales(field, own, loop_defaults, len(schedule), pictures, prompts),
+            rescale=loop_defaults.guidance_rescale,
             latents=(pictures, _channels(spec), *size),
             features=features.get(f"{stage}.step", ()),
         )
@@ -202,17 +202,20 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
     _check_images(given, records)
     _check_negative(request, given, prompts)
     prior, decoder = loops["stage_c"], loops["stage_b"]
+    # a size that follows from a picture or from latents is left open: filled in, it would be another one
+    of_a_picture = given.init_image is not None or given.control is not None
+    follows = part == "decoder" or (of_a_picture and request.height is None and request.width is None)
     full = replace(
         request,
-        height=request.height if part == "decoder" else given_or(request.height, manifest.model.height),
-        width=request.width if part == "decoder" else given_or(request.width, manifest.model.width),
+        height=request.height if follows else given_or(request.height, manifest.model.height),
+        width=request.width if follows else given_or(request.width, manifest.model.width),
         num_images_per_prompt=pictures // prompts,
         control_kind=kind,
         seeds=seeds,
         sampler=sampler,
         strength=None if init is None else strength,
-        prior=_full(request.prior, preset.prior),
-        decoder=_full(request.decoder, preset.decoder),
+        prior=_full(request.prior, defaults.prior),
+        decoder=_full(request.decoder, defaults.decoder),
     )
     return Plan(
         request=full,
@@ -224,7 +227,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         control=None if kind is None else _control(kind, records, sizes),
         prior=prior,
         decoder=decoder,
-        latent_scale=preset.latent_scale,
+        latent_scale=defaults.latent_scale,
         engines=engines,
         memory=_memory(manifest, records, prior, decoder),
     )
@@ -328,12 +331,12 @@ def _strength(request: Request, given: Tensors, kind: ControlKind | None) -> flo
 def _needs_text_encoder(request: Request, manifest: Manifest, given: Tensors, part: Part) -> bool:
     if given.prompt_embeds_pooled is None:
         return True
-    _, preset = _preset(request, manifest)
+    _, defaults = _sampler_defaults(request, manifest)
     parts: list[tuple[LoopSettings, LoopDefaults]] = []
     if part != "decoder":
-        parts.append((request.prior, preset.prior))
+        parts.append((request.prior, defaults.prior))
     if part != "prior":
-        parts.append((request.decoder, preset.decoder))
+        parts.append((request.decoder, defaults.decoder))
     scales = [given_or(own.guidance_per_step, given_or(own.guidance_scale, row.guidance_scale)) for own, row in parts]
     guided = any(one > 1 for scale in scales for one in (scale if isinstance(scale, tuple) else (scale,)))
     return guided and given.negative_prompt_embeds_pooled is None
@@ -348,7 +351,7 @@ def _record(manifest: Manifest, name: str, features: tuple[str, ...] = ()) -> En
     return records[0]
 
 
-def _preset(request: Request, manifest: Manifest) -> tuple[SamplerName, SamplerPreset]:
+def _sampler_defaults(request: Request, manifest: Manifest) -> tuple[SamplerName, SamplerDefaults]:
     sampler = given_or(request.sampler, manifest.model.default_sampler)
     if sampler not in manifest.sampling:
         known = ", ".join(manifest.sampling)

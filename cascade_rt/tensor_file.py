@@ -41,6 +41,11 @@ class _Row(Struct, frozen=True, kw_only=True):
     data_offsets: tuple[_Size, _Size]
 
 
+HEADER = dict[str, _Row]
+METADATA = dict[str, str]
+"""What a header holds: a row for every tensor's name, and texts under ``__metadata__``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a tensor lies in a file.
@@ -90,9 +95,9 @@ class TensorFile:
         if not isinstance(head, dict):
             raise CheckpointError(f"{name_of(path)} is no safetensors file: its header is {shown(head)}")
         self.metadata: Mapping[str, str] = validated(
-            head.pop("__metadata__", {}), dict[str, str], f"{name_of(path)}, metadata", CheckpointError
+            head.pop("__metadata__", {}), METADATA, f"{name_of(path)}, metadata", CheckpointError
         )
-        rows = validated(head, dict[str, _Row], name_of(path), CheckpointError)
+        rows = validated(head, HEADER, name_of(path), CheckpointError)
         self.places = {name: self._place(name, row, 8 + length, size) for name, row in rows.items()}
 
     def _place(self, name: str, row: _Row, base: int, size: int) -> Place:

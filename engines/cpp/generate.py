@@ -19,8 +19,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import msgspec
+import PIL.Image
+
 import cascade_rt
-from cascade_rt import __version__, entry, request, sampling
+from cascade_rt import __version__, entry, pictures, request, sampling, tensor_file
 from cascade_rt.backends import MAX_THREADS
 from cascade_rt.backends.ort_options import CONFIGURATION, TABLE
 from cascade_rt.backends.providers import PROVIDERS
@@ -66,16 +69,17 @@ def defaults(kind: Any) -> dict[str, str]:
     return {f.name: json.dumps(plain[f.name]) for f in fields(kind)}
 
 
+def bare(value: Any) -> Any:
+    """A JSON Schema without what is only for people."""
+    if isinstance(value, dict):
+        names = {"properties", "$defs"}
+        kept = {k: v for k, v in value.items() if k not in ("description", "title", "$schema", "$id")}
+        return {k: ({n: bare(s) for n, s in v.items()} if k in names else bare(v)) for k, v in kept.items()}
+    return [bare(entry) for entry in value] if isinstance(value, list) else value
+
+
 def schema() -> dict[str, Any]:
-    """The manifest's JSON Schema, without what is only for people, and with the keys of every mapping."""
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, dict):
-            names = {"properties", "$defs"}
-            kept = {k: v for k, v in value.items() if k not in ("description", "title", "$schema", "$id")}
-            return {k: ({n: bare(s) for n, s in v.items()} if k in names else bare(v)) for k, v in kept.items()}
-        return [bare(entry) for entry in value] if isinstance(value, list) else value
-
+    """The manifest's JSON Schema, with the keys of every mapping."""
     made: dict[str, Any] = bare(json_schema())
     # msgspec's schema does not say that keys of a mapping are words of a list, as msgspec itself checks
     for name, hint in get_type_hints(Manifest).items():
@@ -88,19 +92,28 @@ def schema() -> dict[str, Any]:
 
 def header() -> str:
     """The text of the header."""
-    document = json.dumps(schema(), separators=(",", ":"))
-    pieces = [document[i : i + _LITERAL] for i in range(0, len(document), _LITERAL)]
+    schemas = {
+        "kSchema": schema(),
+        "kTensorSchema": bare(msgspec.json.schema(tensor_file.HEADER)),
+        "kMetadataSchema": bare(msgspec.json.schema(tensor_file.METADATA)),
+    }
     constants = {
         "kFormatVersion": FORMAT_VERSION,
         "kMaxManifestBytes": MAX_MANIFEST_BYTES,
         "kMaxTokenizerBytes": constant("MAX_TOKENIZER_BYTES"),
         "kMaxPictureBytes": MAX_PICTURE_BYTES,
+        "kMaxInputBytes": pictures.MAX_PICTURE_BYTES,
+        "kMaxInputPixels": PIL.Image.MAX_IMAGE_PIXELS,
         "kMinPixels": constant("MIN_PIXELS"),
         "kMaxPixels": constant("MAX_PIXELS"),
         "kMaxGuidance": constant("MAX_GUIDANCE"),
         "kMaxPictures": constant("MAX_PICTURES"),
         "kMaxImages": constant("MAX_IMAGES"),
         "kMaxWeight": constant("MAX_WEIGHT"),
+        "kMaxLoras": constant("MAX_LORAS"),
+        "kMaxLoraScale": constant("MAX_LORA_SCALE"),
+        "kMostRank": constant("MOST_RANK"),
+        "kMostHeaderBytes": constant("MOST_HEADER_BYTES"),
         "kMaxPromptCharacters": constant("MAX_PROMPT_CHARACTERS"),
         "kMaxSteps": constant("MAX_STEPS"),
         "kMaxThreads": MAX_THREADS,
@@ -144,6 +157,16 @@ def header() -> str:
     lines += [
         "};",
         "",
+        "/// How many axes a tensor of an engine has.",
+        "struct RankRow { const char* engine; const char* tensor; int axes; };",
+        "inline constexpr RankRow kRanks[] = {",
+    ]
+    for spec in ENGINES.values():
+        for tensor in spec.tensors:
+            lines.append(f"    {{{quoted(spec.name)}, {quoted(tensor.name)}, {len(tensor.axes)}}},")
+    lines += [
+        "};",
+        "",
         "struct ItemSize { const char* dtype; std::int64_t bytes; };",
         "inline constexpr ItemSize kItemSizes[] = {",
         *(f"    {{{quoted(dtype)}, {size}}}," for dtype, size in ITEM_SIZE.items()),
@@ -170,7 +193,14 @@ def header() -> str:
         words = ", ".join(map(quoted, (name, told.ep, told.device)))
         plans = str(told.plans_memory).lower()
         lines.append(f"    {{{words}, {plans}, {quoted(told.bf16)}, kSession{ident}, kOptions{ident}}},")
-    lines += ["};", "", "// The manifest's JSON Schema, in pieces that every compiler takes", texts("kSchema", pieces)]
+    lines += [
+        "};",
+        "",
+        "// JSON Schemas of the manifest and of a safetensors header, in pieces that every compiler takes",
+    ]
+    for name, value in schemas.items():
+        document = json.dumps(value, separators=(",", ":"))
+        lines.append(texts(name, [document[i : i + _LITERAL] for i in range(0, len(document), _LITERAL)]))
     return "\n".join([*lines, "", "}  // namespace cascade_rt::tables", ""])
 
 

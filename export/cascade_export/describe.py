@@ -15,7 +15,7 @@ from cascade_rt.manifest import (
     Manifest,
     ModelFacts,
     ModelRecord,
-    SamplerPreset,
+    SamplerDefaults,
     TokenizerRecord,
 )
 from cascade_rt.sampling import SamplerName
@@ -124,7 +124,7 @@ def cascade_facts(
     old: Manifest | None,
     models: Mapping[str, ModelRecord],
     made: Collection[str],
-) -> tuple[ModelFacts, dict[SamplerName, SamplerPreset]]:
+) -> tuple[ModelFacts, dict[SamplerName, SamplerDefaults]]:
     """What the manifest says of the cascade as a whole, and how it is sampled.
 
     Args:
@@ -136,7 +136,7 @@ def cascade_facts(
     stage_a = models.get("stage_a")
     config = StageAConfig.from_dict(dict(stage_a.config)) if stage_a else None
     scale = config.scale_factor if config else presets.DIFFUSERS_LATENT_SCALE
-    sampling: dict[SamplerName, SamplerPreset] = dict(
+    sampling: dict[SamplerName, SamplerDefaults] = dict(
         facts.sampling or presets.default_sampling(scale, facts.prior_scheduler, facts.decoder_scheduler)
     )
     side = 256 if facts.size == "tiny" else 1024
@@ -160,14 +160,14 @@ def cascade_facts(
         if "stage_b" in made:
             kept = replace(kept, latent_dim_scale=model.latent_dim_scale)
         model = kept
-        sampling = {name: _merged(old.sampling.get(name, preset), preset, made) for name, preset in sampling.items()}
+        sampling = {name: _merged(old.sampling.get(name, new), new, made) for name, new in sampling.items()}
     licences = dict.fromkeys(row.licence for row in models.values())
     compression = config.compression if config else model.compression
     return replace(model, licence="; ".join(licences) or model.licence, compression=compression), sampling
 
 
-def _merged(old: SamplerPreset, new: SamplerPreset, made: Collection[str]) -> SamplerPreset:
-    return SamplerPreset(
+def _merged(old: SamplerDefaults, new: SamplerDefaults, made: Collection[str]) -> SamplerDefaults:
+    return SamplerDefaults(
         prior=new.prior if "stage_c" in made else old.prior,
         decoder=new.decoder if "stage_b" in made else old.decoder,
         latent_scale=new.latent_scale if "stage_a" in made else old.latent_scale,

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from cascade_rt.errors import CheckpointError, plain, shown
 from cascade_rt.files import MIB, name_of, read_bounded
-from cascade_rt.manifest import LoopDefaults, Preset, PresetName, PreviewFactors, PreviewName, SamplerPreset
+from cascade_rt.manifest import LoopDefaults, Preset, PresetName, PreviewFactors, PreviewName, SamplerDefaults
 from cascade_rt.sampling import PREDICTION_TYPES, SamplerName
 from cascade_rt.schema import parse_json, validated
 from cascade_rt.stages import Size
@@ -39,7 +39,7 @@ _Scale = Annotated[float, Meta(ge=-1000, le=1000)]
 _Side = Annotated[int, Meta(ge=64, le=4096)]
 
 
-class _OurPreset(Struct, frozen=True, kw_only=True):
+class _OurDefaults(Struct, frozen=True, kw_only=True):
     """Steps and scales of one sampler, as a checkpoint carries them."""
 
     prior_num_inference_steps: _Steps | None = None
@@ -52,9 +52,9 @@ class _OurSampling(Struct, frozen=True, kw_only=True):
     """Which sampler a checkpoint was made for, and with which settings."""
 
     sampler: SamplerName | None = None
-    original: _OurPreset = _OurPreset()
-    diffusers: _OurPreset = _OurPreset()
-    lcm: _OurPreset = _OurPreset()
+    original: _OurDefaults = _OurDefaults()
+    diffusers: _OurDefaults = _OurDefaults()
+    lcm: _OurDefaults = _OurDefaults()
 
 
 class _OurSection(Struct, frozen=True, kw_only=True):
@@ -194,7 +194,7 @@ def read_facts(
         prior_scheduler=_read_scheduler(path / "prior_scheduler") or decoder,
         decoder_scheduler=decoder,
         default_sampler=ours.sampling.sampler if ours.sampling else None,
-        sampling=_presets(ours.sampling, _latent_scale(path)) if ours.sampling else None,
+        sampling=_defaults_of(ours.sampling, _latent_scale(path)) if ours.sampling else None,
         default_preset=ours.default_preset,
         presets=ours.presets,
         previews=ours.previews,
@@ -336,20 +336,20 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return document
 
 
-def _presets(ours: _OurSampling, latent_scale: float) -> dict[SamplerName, SamplerPreset]:
+def _defaults_of(ours: _OurSampling, latent_scale: float) -> dict[SamplerName, SamplerDefaults]:
     """Sampling settings that a checkpoint carries: our defaults with its steps and scales."""
-    own: dict[SamplerName, _OurPreset] = {
+    own: dict[SamplerName, _OurDefaults] = {
         "original": ours.original,
         "diffusers": ours.diffusers,
         "lcm": ours.lcm,
     }
     return {
-        name: SamplerPreset(
-            prior=_with(preset.prior, own[name].prior_num_inference_steps, own[name].prior_guidance_scale),
-            decoder=_with(preset.decoder, own[name].num_inference_steps, own[name].decoder_guidance_scale),
-            latent_scale=preset.latent_scale,
+        name: SamplerDefaults(
+            prior=_with(defaults.prior, own[name].prior_num_inference_steps, own[name].prior_guidance_scale),
+            decoder=_with(defaults.decoder, own[name].num_inference_steps, own[name].decoder_guidance_scale),
+            latent_scale=defaults.latent_scale,
         )
-        for name, preset in presets.default_sampling(latent_scale).items()
+        for name, defaults in presets.default_sampling(latent_scale).items()
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cascade_rt.errors import MissingCheckpointError
 from cascade_rt.files import name_of
-from cascade_rt.manifest import Preset, PresetName, PreviewFactors, PreviewName, SamplerPreset
+from cascade_rt.manifest import Preset, PresetName, PreviewFactors, PreviewName, SamplerDefaults
 from cascade_rt.sampling import PredictionType, SamplerName
 
 from .weights import TensorSource
@@ -114,7 +114,7 @@ class CheckpointFacts:
     prior_scheduler: SchedulerConfig = SchedulerConfig()
     decoder_scheduler: SchedulerConfig = SchedulerConfig()
     default_sampler: SamplerName | None = None
-    sampling: Mapping[SamplerName, SamplerPreset] | None = None
+    sampling: Mapping[SamplerName, SamplerDefaults] | None = None
     default_preset: PresetName = "quality"
     presets: Mapping[PresetName, Preset] | None = None
     previews: Mapping[PreviewName, PreviewFactors] | None = None

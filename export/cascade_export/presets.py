@@ -17,7 +17,7 @@ from cascade_rt.manifest import (
     PreviewFactors,
     PreviewName,
     Rgb,
-    SamplerPreset,
+    SamplerDefaults,
 )
 from cascade_rt.sampling import SamplerName
 from cascade_rt.stages import Size
@@ -133,7 +133,7 @@ def config_of(size: Size, component: str) -> dict[str, Any] | None:
 
 def default_sampling(
     latent_scale: float, prior: SchedulerConfig = PLAIN_SCHEDULER, decoder: SchedulerConfig = PLAIN_SCHEDULER
-) -> dict[SamplerName, SamplerPreset]:
+) -> dict[SamplerName, SamplerDefaults]:
     """The authors' and diffusers' settings.
 
     Args:
@@ -144,17 +144,17 @@ def default_sampling(
     """
     authors = AUTHORS_LATENT_SCALE if latent_scale == DIFFUSERS_LATENT_SCALE else latent_scale
     return {
-        "original": SamplerPreset(
+        "original": SamplerDefaults(
             prior=LoopDefaults(num_inference_steps=20, guidance_scale=4.0, guidance_rescale=0.7, shift=2.0),
             decoder=LoopDefaults(num_inference_steps=10, guidance_scale=1.1, guidance_rescale=0.7),
             latent_scale=authors,
         ),
-        "lcm": SamplerPreset(
+        "lcm": SamplerDefaults(
             prior=LoopDefaults(num_inference_steps=4, guidance_scale=1.0, shift=2.0),
             decoder=LoopDefaults(num_inference_steps=10, guidance_scale=1.1, guidance_rescale=0.7),
             latent_scale=authors,
         ),
-        "diffusers": SamplerPreset(
+        "diffusers": SamplerDefaults(
             prior=LoopDefaults(num_inference_steps=20, guidance_scale=4.0, scaler=prior.scaler, s=prior.s),
             decoder=LoopDefaults(num_inference_steps=10, guidance_scale=0.0, scaler=decoder.scaler, s=decoder.s),
             latent_scale=latent_scale,

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "pictures.hpp"
 #include "request.hpp"
 #include "sampling.hpp"
 #include "tokenizer.hpp"
@@ -154,7 +155,7 @@ TEST(Vectors, Requests) {
       ASSERT_TRUE(one.contains("json")) << what;
       EXPECT_EQ(request.to_json(), one.at("json").get<std::string>());
       EXPECT_EQ(Request::from_json(request.to_json()).to_json(), request.to_json());
-      const Planned made = plan(request, manifest, records, {}, Part::picture);
+      const Planned made = plan(request, manifest, records, gather(request, {}), Part::picture);
       ASSERT_TRUE(one.contains("plan")) << what;
       const Json& wanted = one.at("plan");
       EXPECT_EQ(made.pictures, wanted.at("pictures").get<std::int64_t>()) << what;
@@ -173,6 +174,29 @@ TEST(Vectors, Requests) {
         for (const auto& row : (*loop)->scales) scales.insert(scales.end(), row.begin(), row.end());
         expect_told(scales, wanted.at("scales")[index++], what);
       }
+    } catch (const Error& error) {
+      ASSERT_TRUE(one.contains("error")) << what << ": " << error.what();
+      expect_error(error, one.at("error"), what);
+    }
+  }
+}
+
+TEST(Vectors, Pictures) {
+  ASSERT_GT(vectors().at("pictures").size(), 50U);
+  for (const Json& one : vectors().at("pictures")) {
+    const auto what = one.at("what").get<std::string>(), place = one.at("place").get<std::string>();
+    try {
+      const Image picture = open_picture(place);
+      ASSERT_TRUE(one.contains("rgb")) << what;
+      EXPECT_EQ(picture.width, one.at("size")[0].get<std::int64_t>()) << what;
+      EXPECT_EQ(picture.height, one.at("size")[1].get<std::int64_t>()) << what;
+      expect_told(picture.rgb, one.at("rgb"), what);
+      const Mask mask = open_mask(place);
+      expect_told(mask.free, one.at("mask"), what + ": mask");
+      expect_told(clip_pixels(picture, 16), one.at("clip"), what + ": clip");
+      expect_told(encoder_pixels(picture, 24, 40).data, one.at("pixels"), what + ": pixels");
+      expect_told(encoder_pixels(picture, 70, 35).data, one.at("large"), what + ": large");
+      expect_told(mask_on_grid(mask, 3, 5).data, one.at("grid"), what + ": grid");
     } catch (const Error& error) {
       ASSERT_TRUE(one.contains("error")) << what << ": " << error.what();
       expect_error(error, one.at("error"), what);

@@ -243,3 +243,23 @@ def test_the_command_prints_the_error_of_a_reconstruction(
     printed = capsys.readouterr().out
     found = float(printed.partition("round trip: ")[2].split()[0])
     assert found == pytest.approx(psnr(Image.open(tmp_path / "again.png"), scene()), abs=0.01)
+
+
+def test_a_grey_picture_of_16_bits_is_not_white() -> None:
+    values = (np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024).astype(np.uint16)
+    deep = Image.fromarray(values)
+    assert deep.mode == "I;16"
+    np.testing.assert_array_equal(np.asarray(open_picture("image", deep))[..., 0], values >> 8)
+    np.testing.assert_array_equal(open_mask("mask_image", deep), values >= 1 << 15)
+    deep.info["transparency"] = 1024
+    opened = np.asarray(open_picture("image", deep))[..., 0]
+    assert opened[0, 1] == 255
+    assert opened[0, 2] == 2048 >> 8
+
+
+def test_a_planned_request_from_a_picture_keeps_its_size(pipe: CascadePipeline, tmp_path: Path) -> None:
+    scene(512, 256).save(tmp_path / "wide.png")
+    first = pipe.plan(Request(prompt="x", init_image=str(tmp_path / "wide.png"), seeds=(0,)))
+    again = pipe.plan(Request.from_json(first.request.to_json()))
+    assert first.sizes.picture == again.sizes.picture == (256, 512)
+    assert again.request == first.request

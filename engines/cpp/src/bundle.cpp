@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -47,7 +48,17 @@ std::string sha256_of(const std::string& path) {
 
 }  // namespace
 
-std::string name_of(const std::string& path) { return shortened(plain(path), 120); }
+std::string name_of(const std::string& path) {
+  const std::string text = shortened(plain(path), 120);
+  const auto blank = [](char c) { return c == ' '; };  // `plain` leaves no other
+  return text.empty() || blank(text.front()) || blank(text.back()) ? "'" + text + "'" : text;
+}
+
+std::string expanded(const std::string& path) {
+  if (path.empty() || path[0] != '~' || (path.size() > 1 && path[1] != '/')) return path;
+  const char* home = std::getenv("HOME");
+  return home == nullptr || *home == '\0' ? path : home + path.substr(1);
+}
 
 std::optional<std::string> read_bounded_or_reason(const std::string& path, std::uint64_t most, std::string& reason) {
   std::error_code error;

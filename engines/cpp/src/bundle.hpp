@@ -11,6 +11,8 @@ namespace cascade_rt::detail {
 /// Throws Failure where it is no regular file, too large or cannot be read.
 std::optional<std::string> read_bounded_or_reason(const std::string& path, std::uint64_t most, std::string& reason);
 std::string name_of(const std::string& path);
+/// A path that a user typed: ~ is their home.
+std::string expanded(const std::string& path);
 
 template <class Failure>
 std::optional<std::string> read_bounded(const std::string& path, std::uint64_t most) {

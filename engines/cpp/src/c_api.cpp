@@ -56,6 +56,8 @@ cascade_status guarded(const Work& work) noexcept {
       return note(CASCADE_NOT_FOUND, error);
     } catch (const cascade_rt::BundleError& error) {
       return note(CASCADE_BUNDLE_ERROR, error);
+    } catch (const cascade_rt::CheckpointError& error) {
+      return note(CASCADE_CHECKPOINT_ERROR, error);
     } catch (const cascade_rt::EngineError& error) {
       return note(CASCADE_ENGINE_ERROR, error);
     } catch (const cascade_rt::OutputError& error) {

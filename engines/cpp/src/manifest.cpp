@@ -45,6 +45,21 @@ BundleError contradiction(const std::string& where, const std::string& path, con
                      value, accepted);
 }
 
+/// How many axes the tensor table gives a tensor; nothing where it does not name it.
+std::optional<std::size_t> rank_of(const std::string& engine, const std::string& tensor) {
+  for (const auto& row : tables::kRanks) {
+    if (engine == row.engine && tensor == row.tensor) return static_cast<std::size_t>(row.axes);
+  }
+  return std::nullopt;
+}
+
+/// Python's tuple of axes, numbers and formulas.
+std::string axes_repr(const std::vector<AxisSize>& axes) {
+  std::vector<std::string> words;
+  for (const auto& axis : axes) words.push_back(axis.number != 0 ? std::to_string(axis.number) : repr(axis.formula));
+  return shortened(plain("(" + joined(words) + (words.size() == 1 ? ",)" : ")")));
+}
+
 bool engine_known(const std::string& name) {
   return std::any_of(std::begin(tables::kEngines), std::end(tables::kEngines),
                      [&](const tables::EngineRow& row) { return name == row.name; });
@@ -151,6 +166,28 @@ void check_inside(const std::string& name, const std::string& where) {
   if (!fine || !any) throw contradiction(where, "files", shown(name), "a plain relative name inside the bundle");
 }
 
+/// Refuse formulas of sizes that no input tells: shapes of outputs are computed from those of inputs.
+void check_sizes_are_given(const EngineRecord& record, const std::string& path, const std::string& where) {
+  std::set<std::string> given;
+  for (const auto& tensor : record.inputs) {
+    for (const auto& axis : tensor.axes) {
+      if (axis.number == 0 && axis.axis.terms.size() == 1) given.insert(axis.axis.terms[0].second);
+    }
+  }
+  for (const bool inputs : {true, false}) {
+    const auto& tensors = inputs ? record.inputs : record.outputs;
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      for (const auto& axis : tensors[i].axes) {
+        for (const auto& term : axis.axis.terms) {
+          if (given.count(term.second) != 0) continue;
+          throw contradiction(where, path + (inputs ? ".inputs[" : ".outputs[") + std::to_string(i) + "].axes",
+                              shown(axis.formula), "of sizes that inputs give, and none gives " + term.second);
+        }
+      }
+    }
+  }
+}
+
 void check_engine(EngineRecord& record, bool has_target, const std::string& path, const std::string& where) {
   if (!engine_known(record.name)) {
     throw contradiction(where, path + ".name", shown(record.name), "one of " + engine_names());
@@ -192,9 +229,15 @@ void check_engine(EngineRecord& record, bool has_target, const std::string& path
           }
         }
       }
+      const std::size_t rank = rank_of(record.name, tensors[i].name).value_or(tensors[i].axes.size());
+      if (rank != tensors[i].axes.size()) {
+        throw contradiction(where, place + ".axes", axes_repr(tensors[i].axes),
+                            "a list of " + std::to_string(rank) + " entries");
+      }
       if (tensors[i].dtype == "compute") throw contradiction(where, place + ".dtype", "'compute'", "resolved");
     }
   }
+  check_sizes_are_given(record, path, where);
 }
 
 std::string other_format(const Json& version, const Json& document, const std::string& where) {
@@ -342,7 +385,7 @@ const FileRecord* Manifest::file(const std::string& name) const {
   return nullptr;
 }
 
-const SamplerPreset* Manifest::preset(const std::string& sampler) const {
+const SamplerDefaults* Manifest::defaults(const std::string& sampler) const {
   for (const auto& item : sampling) {
     if (item.first == sampler) return &item.second;
   }
@@ -386,10 +429,9 @@ Manifest Manifest::from_json(const std::string& text, const std::string& where) 
   made.model.resolution_multiple = model.value("resolution_multiple", made.model.resolution_multiple);
   made.model.latent_dim_scale = model.value("latent_dim_scale", made.model.latent_dim_scale);
   for (const auto& item : document.at("sampling").items()) {
-    const Json& preset = item.value();
-    made.sampling.emplace_back(item.key(),
-                               SamplerPreset{loop_from(preset.at("prior")), loop_from(preset.at("decoder")),
-                                             preset.at("latent_scale").get<double>()});
+    const Json& own = item.value();
+    made.sampling.emplace_back(item.key(), SamplerDefaults{loop_from(own.at("prior")), loop_from(own.at("decoder")),
+                                                           own.at("latent_scale").get<double>()});
   }
   made.model.default_preset = model.value("default_preset", std::string("quality"));
   bool has_preset = made.model.default_preset == "quality";
@@ -399,6 +441,14 @@ Manifest Manifest::from_json(const std::string& text, const std::string& where) 
       made.presets.emplace_back(item.key(), Preset{overrides_from(own.value("prior", Json())),
                                                    overrides_from(own.value("decoder", Json()))});
       has_preset = has_preset || item.key() == made.model.default_preset;
+    }
+  }
+  if (document.contains("previews")) {
+    for (const auto& item : document.at("previews").items()) {
+      PreviewFactors own;
+      for (const Json& row : item.value().at("factors")) own.factors.push_back(row.get<std::array<float, 3>>());
+      own.offset = item.value().at("offset").get<std::array<float, 3>>();
+      made.previews[item.key()] = std::move(own);
     }
   }
   if (document.contains("tokenizer") && !document.at("tokenizer").is_null()) {
@@ -422,7 +472,7 @@ Manifest Manifest::from_json(const std::string& text, const std::string& where) 
     made.files.emplace_back(item.key(), FileRecord{item.value().at("sha256").get<std::string>(),
                                                    item.value().at("bytes").get<std::uint64_t>()});
   }
-  if (made.preset(made.model.default_sampler) == nullptr) {
+  if (made.defaults(made.model.default_sampler) == nullptr) {
     throw contradiction(where, "model.default_sampler", shown(made.model.default_sampler), "a key of sampling");
   }
   if (!has_preset) {

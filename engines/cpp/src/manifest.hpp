@@ -1,5 +1,6 @@
 // What cascade.json says: values without a disk. The fields are those of the Python package's manifest.py.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -75,7 +76,7 @@ struct LoopDefaults {
   double guidance_scale = 1, guidance_rescale = 0, shift = 1, scaler = 1, s = 0.008;
 };
 
-struct SamplerPreset {
+struct SamplerDefaults {
   LoopDefaults prior, decoder;
   double latent_scale = 1;
 };
@@ -89,6 +90,12 @@ struct LoopOverrides {
 
 struct Preset {
   LoopOverrides prior, decoder;
+};
+
+/// Latents to colours by one matrix: RGB in 0..1 is latents . factors + offset.
+struct PreviewFactors {
+  std::vector<std::array<float, 3>> factors;  // red, green and blue of every latent channel
+  std::array<float, 3> offset{};
 };
 
 struct ModelFacts {
@@ -114,15 +121,16 @@ struct FileRecord {
 
 struct Manifest {
   ModelFacts model;
-  std::vector<std::pair<std::string, SamplerPreset>> sampling;
+  std::vector<std::pair<std::string, SamplerDefaults>> sampling;
   std::vector<std::pair<std::string, Preset>> presets;
+  std::map<std::string, PreviewFactors> previews;
   std::optional<TokenizerRecord> tokenizer;
   std::map<std::string, ModelRecord> models;
   std::vector<EngineRecord> engines;
   std::vector<std::pair<std::string, FileRecord>> files;
 
   const FileRecord* file(const std::string& name) const;
-  const SamplerPreset* preset(const std::string& sampler) const;
+  const SamplerDefaults* defaults(const std::string& sampler) const;
   /// Records of an engine; those of graphs first where no runtime is named.
   std::vector<const EngineRecord*> records(const std::string& name, const std::string& runtime = {},
                                            const std::vector<std::string>& features = {}) const;
@@ -130,6 +138,15 @@ struct Manifest {
   /// Read and check a manifest. Throws BundleError with the key's path.
   static Manifest from_json(const std::string& text, const std::string& where);
 };
+
+enum class Schema { manifest, tensors, metadata };
+
+struct SchemaProblem {
+  std::string message, field, value, accepted;
+};
+
+/// What is wrong with a document, by a schema of the Python package; nothing where it is right.
+std::optional<SchemaProblem> schema_problem(const Json& document, Schema schema, const std::string& where);
 
 /// Refuse a document that the manifest's schema does not describe. Throws BundleError.
 void check_schema(const Json& document, const std::string& where);

@@ -4,9 +4,13 @@
 #include <chrono>
 #include <cmath>
 #include <deque>
+#include <filesystem>
+#include <random>
 #include <thread>
 
 #include "engine.hpp"
+#include "lora.hpp"
+#include "pictures.hpp"
 #include "request.hpp"
 #include "tables.hpp"
 #include "tokenizer.hpp"
@@ -108,11 +112,40 @@ bool all_finite(const std::vector<float>& numbers) {
   return std::all_of(numbers.begin(), numbers.end(), [](float one) { return std::isfinite(one); });
 }
 
+/// Clean latents with noise: sqrt(alpha_bar) * latents + sqrt(1 - alpha_bar) * noise. One picture's latents serve all.
+Tensor diffused(const Tensor& latents, const Tensor& noise, double alpha_bar) {
+  const auto signal = static_cast<float>(std::sqrt(alpha_bar)), rest = static_cast<float>(std::sqrt(1 - alpha_bar));
+  Tensor made{noise.shape, std::vector<float>(noise.data.size())};
+  const std::size_t count = latents.data.size();
+  for (std::size_t i = 0; i < made.data.size(); ++i) made.data[i] = signal * latents.data[i % count] + rest * noise.data[i];
+  return made;
+}
+
+/// What a loop keeps as it is while the rest is drawn (inpainting).
+struct Kept {
+  Tensor latents, noise;  // clean; and what they are noised with at every step
+  Tensor free;            // [1, 1, H, W]: 1 where the loop may draw
+
+  /// Latents whose kept part is as noisy as `alpha_bar` says.
+  void put_back(double alpha_bar, Tensor& drawn) const {
+    const std::size_t plane = free.data.size(), count = latents.data.size();
+    const Tensor noised = alpha_bar < 1 ? diffused(latents, noise, alpha_bar) : Tensor{};
+    for (std::size_t i = 0; i < drawn.data.size(); ++i) {
+      if (free.data[i % plane] > 0) continue;
+      drawn.data[i] = alpha_bar < 1 ? noised.data[i] : latents.data[i % count];
+    }
+  }
+};
+
 /// One request's loop through one denoiser.
 class Denoising {
  public:
-  Denoising(const LoopPlan& plan, Tensor latents, PictureNoise& noise)
-      : plan_(plan), latents_(std::move(latents)), noise_(noise), ever_guided_(plan.ever_guided()) {}
+  Denoising(const LoopPlan& plan, Tensor latents, PictureNoise& noise, std::optional<Kept> kept)
+      : plan_(plan),
+        latents_(std::move(latents)),
+        noise_(noise),
+        kept_(std::move(kept)),
+        ever_guided_(plan.ever_guided()) {}
 
   std::int64_t steps() const { return plan_.schedule.size(); }
   std::size_t step() const { return step_; }
@@ -162,6 +195,7 @@ class Denoising {
     for (std::size_t i = 0; i < following.data.size(); ++i) {
       following.data[i] = a * latents_.data[i] + b * guided.data[i] + c * noise.data[i];
     }
+    if (kept_) kept_->put_back(plan_.schedule.alpha_bar[step_ + 1], following);
     before_ = std::move(latents_);
     prediction_ = std::move(guided);
     latents_ = std::move(following);
@@ -174,6 +208,7 @@ class Denoising {
     const auto a = static_cast<float>(row[0]), b = static_cast<float>(row[1]);
     Tensor made{before_.shape, std::vector<float>(before_.data.size())};
     for (std::size_t i = 0; i < made.data.size(); ++i) made.data[i] = a * before_.data[i] + b * prediction_.data[i];
+    if (kept_) kept_->put_back(1.0, made);
     return made;
   }
 
@@ -192,14 +227,58 @@ class Denoising {
   const LoopPlan& plan_;
   Tensor latents_, before_, prediction_;
   PictureNoise& noise_;
+  std::optional<Kept> kept_;
   std::vector<std::size_t> ever_guided_;
   std::size_t step_ = 0, last_ = 0;
 };
 
-/// Text embeddings, one row a picture; the negative ones are absent where no picture is guided.
+/// What the encoders made of a request. Texts have one row a picture; the negative ones are absent where no picture is
+/// guided.
 struct Embeddings {
   std::optional<Tensor> prompt, pooled, negative, negative_pooled;
+  std::optional<Tensor> images;                       // [1, n, I], CLIP embeddings of the pictures to vary
+  std::optional<Tensor> init, init_free;              // [1, 16, h, w], [1, 1, h, w]: the picture that is begun from
+  std::optional<Tensor> decoder_init, decoder_free;   // the same as Stage B's latents, where a mask keeps a part
 };
+
+/// A loop at its beginning; initial noise is drawn only where none is given. It begins at pure noise where there is no
+/// `start`, the time to which `init` is noised else.
+Denoising begun(const LoopPlan& loop, const std::optional<Tensor>& given, PictureNoise& noise,
+                const std::optional<Tensor>& init, const std::optional<Tensor>& free, const double* start) {
+  Tensor first = given ? *given : noise.initial(loop.latents);
+  if (init) {
+    const bool fits = init->shape.size() == 4 && std::equal(init->shape.begin() + 1, init->shape.end(), loop.latents.begin() + 1);
+    if (!fits) {
+      throw EngineError("an encoder made latents of shape " + shape_text(init->shape) + " for a loop of shape " +
+                        shape_text(loop.latents));
+    }
+  }
+  Tensor latents = init && start != nullptr ? diffused(*init, first, cosine_alpha_bar(*start)) : first;
+  std::optional<Kept> kept;
+  if (init && free) kept = Kept{*init, std::move(first), *free};
+  return Denoising(loop, std::move(latents), noise, std::move(kept));
+}
+
+/// 8-bit RGB of [B, 3, H, W] (`planes`) or [B, H, W, 3], clipped to 0..1.
+std::vector<Image> pictures_of(const Tensor& pixels, bool planes) {
+  const auto count = static_cast<std::size_t>(pixels.shape[0]);
+  const auto height = static_cast<std::size_t>(pixels.shape[planes ? 2 : 1]);
+  const auto width = static_cast<std::size_t>(pixels.shape[planes ? 3 : 2]);
+  std::vector<Image> made(count);
+  for (std::size_t b = 0; b < count; ++b) {
+    made[b].width = static_cast<std::int64_t>(width);
+    made[b].height = static_cast<std::int64_t>(height);
+    made[b].rgb.resize(height * width * 3);
+    for (std::size_t i = 0; i < height * width; ++i) {
+      for (std::size_t c = 0; c < 3; ++c) {
+        const std::size_t at = planes ? (b * 3 + c) * height * width + i : (b * height * width + i) * 3 + c;
+        const float value = std::min(std::max(pixels.data[at], 0.0F), 1.0F);
+        made[b].rgb[i * 3 + c] = static_cast<std::uint8_t>(std::nearbyint(value * 255.0F));
+      }
+    }
+  }
+  return made;
+}
 
 }  // namespace
 
@@ -222,6 +301,11 @@ struct Pipeline::Impl {
   std::vector<std::string> together;
   double load_seconds = 0;
 
+  std::vector<LoraFile> loras;   // applied to every request, beside its own
+  std::string lora_label;        // of those that are applied now
+  std::string lora_folder;       // of their changed weights; empty: there are none
+  std::set<std::string> replaced;  // names of the weights files in it
+
   Impl(std::shared_ptr<const Bundle> own, const Options& given) : bundle(std::move(own)), options(given) {
     EngineOptions told;
     told.provider = options.provider;
@@ -233,6 +317,9 @@ struct Pipeline::Impl {
     provider = runtime->provider();
     records = select(manifest().engines, runtime->computes());
   }
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+  ~Impl() { remove(lora_folder); }
 
   const Manifest& manifest() const { return bundle->impl().manifest; }
 
@@ -253,8 +340,77 @@ struct Pipeline::Impl {
   std::shared_ptr<const Engine> open(const std::string& name) const {
     const EngineRecord& own = record(name);
     for (const auto& weights : own.weights) bundle->impl().file(weights);
-    const std::string path = bundle->impl().file(own.file);
+    std::string path = bundle->impl().file(own.file);
+    if (changed(own, replaced)) path = lora_folder + "/" + own.file;
     return runtime->open(own, path);
+  }
+
+  static bool changed(const EngineRecord& own, const std::set<std::string>& files) {
+    return std::any_of(own.weights.begin(), own.weights.end(),
+                       [&](const std::string& file) { return files.count(file) != 0; });
+  }
+
+  static void remove(const std::string& folder) {
+    std::error_code ignored;
+    if (!folder.empty()) std::filesystem::remove_all(std::filesystem::u8path(folder), ignored);
+  }
+
+  /// An empty folder that nobody else has.
+  static std::string new_folder() {
+    std::random_device device;
+    for (int tries = 0; tries < 100; ++tries) {
+      std::error_code error;
+      const auto made = std::filesystem::temp_directory_path(error) /
+                        ("cascade-lora-" + std::to_string(device()) + std::to_string(device()));
+      if (error || !std::filesystem::create_directory(made, error)) {
+        if (error) throw OutputError("a folder for changed weights cannot be made: " + error.message());
+        continue;
+      }
+      std::filesystem::permissions(made, std::filesystem::perms::owner_all, error);
+      return made.u8string();
+    }
+    throw OutputError("a folder for changed weights cannot be made: every name is taken");
+  }
+
+  /// Have the engines run with these LoRA files, and with no others.
+  void apply_loras(const std::vector<LoraFile>& wanted) {
+    std::vector<Lora> files;
+    for (const auto& one : wanted) {
+      if (one.scale != 0) files.emplace_back(one.file, one.scale);
+    }
+    const std::string label = label_of(files);
+    if (label == lora_label) return;
+    const std::string folder = files.empty() ? std::string() : new_folder();
+    std::set<std::string> written;
+    try {
+      if (!files.empty()) written = write_overlay(*bundle, records, files, folder);
+    } catch (...) {
+      remove(folder);
+      throw;
+    }
+    std::vector<std::shared_ptr<const Engine>> last;  // closed when nothing is locked
+    {
+      const std::lock_guard<std::mutex> lock(keeping);
+      for (auto at = engines.begin(); at != engines.end();) {
+        const EngineRecord& own = at->second->record();
+        const bool stale = changed(own, replaced) || changed(own, written);
+        if (stale) last.push_back(at->second);
+        at = stale ? engines.erase(at) : std::next(at);
+      }
+    }
+    last.clear();
+    remove(lora_folder);
+    lora_folder = folder;
+    replaced = std::move(written);
+    lora_label = label;
+  }
+
+  void load_loras(const Request& request, std::map<std::string, double>& timings) {
+    const double started = now();
+    std::vector<LoraFile> all = loras;
+    all.insert(all.end(), request.loras.begin(), request.loras.end());
+    apply_loras(all);
+    timings["load"] = now() - started;
   }
 
   /// An engine, loaded if it is not, with those of the same request beside it, two at a time.
@@ -381,7 +537,6 @@ struct Pipeline::Impl {
 
   Planned plan(const Request& request, const Tensors& given, Part part) const {
     try {
-      check_tensors(given);
       return detail::plan(request, manifest(), records, given, part);
     } catch (const BundleError& error) {
       for (const auto& row : tables::kEngines) {
@@ -437,8 +592,62 @@ struct Pipeline::Impl {
     return std::move(found->second);
   }
 
-  Embeddings embed(const Planned& planned, const Tensors& given) {
-    const auto prompts = texts_of(planned.request.prompt);
+  /// What the encoders make of a planned request: its texts, and the pictures that it brings along.
+  Embeddings embed(const Planned& planned, const Tensors& given, std::map<std::string, double>& timings) {
+    Embeddings made;
+    {
+      const Timed timed(*this, timings, "text_encoder");
+      made = embed_texts(planned, given);
+    }
+    made.images = given.image_embeds;
+    if (given.images.empty() && !planned.init) return made;
+    const Timed timed(*this, timings, "encoders");
+    if (!given.images.empty()) made.images = encode_images(given);
+    if (planned.init) encode_init(planned, given, made);
+    return made;
+  }
+
+  /// CLIP embeddings [1, n, I] of the pictures to vary, times their weights.
+  Tensor encode_images(const Tensors& given) {
+    const std::int64_t side = number_axis(record("image_encoder"), "pixel_values", 2);
+    const auto count = static_cast<std::int64_t>(given.images.size());
+    Tensor pixels{{count, 3, side, side}, {}};
+    for (const auto& one : given.images) {
+      const auto own = clip_pixels(one.image, side);
+      pixels.data.insert(pixels.data.end(), own.begin(), own.end());
+    }
+    Outputs out = call("image_encoder", {{"pixel_values", Feed::of(pixels)}});
+    Tensor found = host(out, "image_embeds");
+    const std::size_t size = found.data.size() / given.images.size();
+    for (std::size_t i = 0; i < given.images.size(); ++i) {
+      const auto weight = static_cast<float>(given.images[i].weight);
+      for (std::size_t j = 0; j < size; ++j) found.data[i * size + j] *= weight;
+    }
+    found.shape = {1, count, static_cast<std::int64_t>(size)};
+    return found;
+  }
+
+  /// The picture that is begun from, as latents of both stages, and its mask on their grids.
+  void encode_init(const Planned& planned, const Tensors& given, Embeddings& made) {
+    const InitPlan& init = *planned.init;
+    const Tensor pixels = encoder_pixels(*given.init_image, init.pixels[0], init.pixels[1]);
+    Outputs out = call("effnet_encoder", {{"pixels", Feed::of(pixels)}});
+    made.init = host(out, "latents");
+    if (!given.mask) return;
+    made.init_free = mask_on_grid(*given.mask, made.init->shape.at(2), made.init->shape.at(3));
+    if (!init.decoder_pixels || !planned.decoder) return;
+    const Tensor large = encoder_pixels(*given.init_image, (*init.decoder_pixels)[0], (*init.decoder_pixels)[1]);
+    Outputs encoded = call("stage_a.encode", {{"pixels", Feed::of(large)}});
+    Tensor latents = host(encoded, "latents");
+    const auto scale = static_cast<float>(planned.latent_scale);
+    for (float& one : latents.data) one /= scale;
+    made.decoder_free = mask_on_grid(*given.mask, latents.shape.at(2), latents.shape.at(3));
+    made.decoder_init = std::move(latents);
+  }
+
+  Embeddings embed_texts(const Planned& planned, const Tensors& given) {
+    auto prompts = texts_of(planned.request.prompt);
+    if (prompts.empty() && !given.prompt_embeds_pooled) prompts.emplace_back();  // beside pictures
     const auto count = static_cast<std::size_t>(planned.prompts);
     std::vector<std::string> texts = prompts;
     if (planned.needs_negative() && !given.negative_prompt_embeds) {
@@ -447,8 +656,11 @@ struct Pipeline::Impl {
       if (unwanted.size() == 1) unwanted.resize(count, unwanted[0]);
       texts.insert(texts.end(), unwanted.begin(), unwanted.end());
     }
-    Embeddings made{given.prompt_embeds, given.prompt_embeds_pooled, given.negative_prompt_embeds,
-                    given.negative_prompt_embeds_pooled};
+    Embeddings made;
+    made.prompt = given.prompt_embeds;
+    made.pooled = given.prompt_embeds_pooled;
+    made.negative = given.negative_prompt_embeds;
+    made.negative_pooled = given.negative_prompt_embeds_pooled;
     if (!planned.needs_negative()) made.negative = made.negative_pooled = std::nullopt;
     if (!texts.empty()) {
       const auto encoded = encode(texts);
@@ -506,11 +718,28 @@ struct Pipeline::Impl {
       denoising.advance(host(out, "prediction"));
       if (on_step) {
         const Step told{loop.stage.c_str(), step, loop.schedule.size(), ratio, denoising.latents(),
-                        [&denoising] { return denoising.x0(); }};
+                        [&denoising] { return denoising.x0(); },
+                        [this, &denoising, &loop] { return preview(loop.stage, denoising.x0()); }};
         if (auto changed = on_step(told)) denoising.replace_latents(std::move(*changed));
       }
     }
     return denoising.result();
+  }
+
+  /// What a loop's predicted clean latents look like, one small picture each: Stage C's by the previewer engine where
+  /// the bundle has one, else by the bundle's preview factors.
+  std::vector<Image> preview(const std::string& stage, const Tensor& x0) {
+    if (stage == "stage_c" && record_of(records, "previewer") != nullptr) {
+      Outputs out = call("previewer", {{"latents", Feed::of(x0)}});
+      return pictures_of(host(out, "pixels"), true);
+    }
+    const auto factors = manifest().previews.find(stage == "stage_c" ? "prior" : "decoder");
+    const auto channels = static_cast<std::size_t>(x0.shape[1]);
+    if (factors == manifest().previews.end() || factors->second.factors.size() != channels) {
+      throw BundleError("the bundle " + name_of(bundle->path()) + " has no preview of " + stage +
+                        "'s latents; for Stage C add one with: " + bundle->impl().command("previewer"));
+    }
+    return pictures_of(colours_of(x0, factors->second), false);
   }
 
   static Context rows_of(const Context& context, const Engine& own, const std::vector<std::size_t>& rows) {
@@ -528,12 +757,14 @@ struct Pipeline::Impl {
 
   Tensor run_prior(const Planned& planned, const Tensors& given, const Embeddings& texts, PictureNoise& noise,
                    const StepCallback& on_step, std::map<std::string, double>& timings) {
+    if (!planned.prior) return repeated(texts.init.value(), planned.pictures);  // what was encoded is decoded
     const Timed timed(*this, timings, "stage_c");
     const LoopPlan& loop = *planned.prior;
-    Denoising denoising(loop, given.latents ? *given.latents : noise.initial(loop.latents), noise);
+    const double* start = planned.init ? &planned.init->strength : nullptr;
+    Denoising denoising = begun(loop, given.latents, noise, texts.init, texts.init_free, start);
     const std::int64_t image_dim = number_axis(record("stage_c.context"), "clip_img", 2);
     Tensor image{{1, 1, image_dim}, std::vector<float>(static_cast<std::size_t>(image_dim))};
-    if (given.image_embeds) image = *given.image_embeds;
+    if (texts.images) image = *texts.images;
     const Tensor images = repeated(image, planned.pictures);
     const Tensor none{images.shape, std::vector<float>(images.data.size())};
     const auto& guided = denoising.ever_guided();
@@ -554,7 +785,8 @@ struct Pipeline::Impl {
     Tensor latents;
     {
       const Timed timed(*this, timings, "stage_b");
-      Denoising denoising(loop, given.decoder_latents ? *given.decoder_latents : noise.initial(loop.latents), noise);
+      Denoising denoising =
+          begun(loop, given.decoder_latents, noise, texts.decoder_init, texts.decoder_free, nullptr);
       const Shape grid = shape_of(record("stage_b.context"), "effnet",
                                   {{"batch", planned.pictures}, {"height", loop.latents[2]}, {"width", loop.latents[3]}});
       if (grid.size() != 4) throw BundleError("the manifest gives effnet the shape " + shape_text(grid));
@@ -596,31 +828,22 @@ struct Pipeline::Impl {
     const auto height = std::min<std::size_t>(static_cast<std::size_t>(planned.picture_size[0]), rows);
     const auto width = std::min<std::size_t>(static_cast<std::size_t>(planned.picture_size[1]), columns);
     const std::size_t top = (rows - height) / 2, left = (columns - width) / 2;
-    const bool floats = planned.request.output_type == "np";
-    if (floats) {
-      made.array = Tensor{{decoded.shape[0], static_cast<std::int64_t>(height), static_cast<std::int64_t>(width), 3},
-                          std::vector<float>(count * height * width * 3)};
-    }
+    Tensor cut{{decoded.shape[0], static_cast<std::int64_t>(height), static_cast<std::int64_t>(width), 3},
+               std::vector<float>(count * height * width * 3)};
     for (std::size_t b = 0; b < count; ++b) {
-      Image image;
-      image.width = static_cast<std::int64_t>(width);
-      image.height = static_cast<std::int64_t>(height);
-      if (!floats) image.rgb.resize(height * width * 3);
       for (std::size_t y = 0; y < height; ++y) {
         for (std::size_t x = 0; x < width; ++x) {
           for (std::size_t c = 0; c < 3; ++c) {
             const float value = decoded.data[((b * 3 + c) * rows + top + y) * columns + left + x];
-            const float clipped = std::min(std::max(value, 0.0F), 1.0F);
-            const std::size_t at = (y * width + x) * 3 + c;
-            if (floats) {
-              made.array->data[b * height * width * 3 + at] = clipped;
-            } else {
-              image.rgb[at] = static_cast<std::uint8_t>(std::nearbyint(clipped * 255.0F));
-            }
+            cut.data[((b * height + y) * width + x) * 3 + c] = std::min(std::max(value, 0.0F), 1.0F);
           }
         }
       }
-      if (!floats) made.images.push_back(std::move(image));
+    }
+    if (planned.request.output_type == "np") {
+      made.array = std::move(cut);
+    } else {
+      made.images = pictures_of(cut, false);
     }
   }
 };
@@ -635,7 +858,7 @@ Pipeline::Pipeline(Pipeline&&) noexcept = default;
 Pipeline& Pipeline::operator=(Pipeline&&) noexcept = default;
 
 Plan Pipeline::plan(const Request& request) const {
-  const Planned planned = impl_->plan(request, {}, Part::picture);
+  const Planned planned = impl_->plan(request, gather(request, {}), Part::picture);
   Plan made;
   made.request = planned.request;
   made.pictures = planned.pictures;
@@ -650,56 +873,79 @@ Plan Pipeline::plan(const Request& request) const {
   return made;
 }
 
-Result Pipeline::generate(const Request& request, const StepCallback& on_step, const Tensors& given) {
+Result Pipeline::generate(const Request& request, const StepCallback& on_step, const Tensors& asked) {
+  const Tensors given = gather(request, asked);
   const Planned planned = impl_->plan(request, given, Part::picture);
   const Impl::Turn turn(*impl_);
-  const Impl::Together together(*impl_, planned.engines);
   std::map<std::string, double> timings;
+  impl_->load_loras(planned.request, timings);
+  const Impl::Together together(*impl_, planned.engines);
   PictureNoise noise(planned.request.noise, planned.seeds);
-  Embeddings texts;
-  {
-    const Impl::Timed timed(*impl_, timings, "text_encoder");
-    texts = impl_->embed(planned, given);
-  }
+  const Embeddings texts = impl_->embed(planned, given, timings);
   const Tensor embeddings = impl_->run_prior(planned, given, texts, noise, on_step, timings);
   return impl_->run_decoder(planned, given, embeddings, texts, noise, on_step, timings);
 }
 
-PriorResult Pipeline::prior(const Request& request, const StepCallback& on_step, const Tensors& given) {
+PriorResult Pipeline::prior(const Request& request, const StepCallback& on_step, const Tensors& asked) {
+  const Tensors given = gather(request, asked);
   const Planned planned = impl_->plan(request, given, Part::prior);
   const Impl::Turn turn(*impl_);
-  const Impl::Together together(*impl_, planned.engines);
   PriorResult made;
+  impl_->load_loras(planned.request, made.timings);
+  const Impl::Together together(*impl_, planned.engines);
   PictureNoise noise(planned.request.noise, planned.seeds);
-  Embeddings texts;
-  {
-    const Impl::Timed timed(*impl_, made.timings, "text_encoder");
-    texts = impl_->embed(planned, given);
-  }
+  const Embeddings texts = impl_->embed(planned, given, made.timings);
   made.image_embeddings = impl_->run_prior(planned, given, texts, noise, on_step, made.timings);
-  made.prompt_embeds = *texts.prompt;
-  made.prompt_embeds_pooled = *texts.pooled;
+  made.prompt_embeds = texts.prompt.value();
+  made.prompt_embeds_pooled = texts.pooled.value();
   made.negative_prompt_embeds = texts.negative;
   made.negative_prompt_embeds_pooled = texts.negative_pooled;
   made.seeds = planned.seeds;
   return made;
 }
 
-Result Pipeline::decode(const Request& request, const Tensors& given, const StepCallback& on_step) {
+Result Pipeline::decode(const Request& request, const Tensors& asked, const StepCallback& on_step) {
   Request own = request;
-  if (texts_of(own.prompt).empty() && !given.prompt_embeds && !given.prompt_embeds_pooled) own.prompt = std::string();
+  if (texts_of(own.prompt).empty() && !asked.prompt_embeds && !asked.prompt_embeds_pooled) own.prompt = std::string();
+  const Tensors given = gather(own, asked);
   const Planned planned = impl_->plan(own, given, Part::decoder);
   const Impl::Turn turn(*impl_);
-  const Impl::Together together(*impl_, planned.engines);
   std::map<std::string, double> timings;
+  impl_->load_loras(planned.request, timings);
+  const Impl::Together together(*impl_, planned.engines);
   PictureNoise noise(planned.request.noise, planned.seeds);
   const Tensor embeddings = repeated(*given.image_embeddings, planned.pictures / given.image_embeddings->shape[0]);
-  Embeddings texts;
-  {
-    const Impl::Timed timed(*impl_, timings, "text_encoder");
-    texts = impl_->embed(planned, given);
-  }
+  const Embeddings texts = impl_->embed(planned, given, timings);
   return impl_->run_decoder(planned, given, embeddings, texts, noise, on_step, timings);
+}
+
+Tensor Pipeline::encode(const Image& image, std::optional<std::int64_t> height, std::optional<std::int64_t> width) {
+  Request request;
+  request.prompt = std::string();
+  request.height = height;
+  request.width = width;
+  request.strength = 0.0;
+  Tensors given;
+  given.init_image = image;
+  return prior(request, {}, given).image_embeddings;
+}
+
+void Pipeline::load_lora_weights(const std::string& file, double scale) {
+  Request added;
+  added.prompt = std::string();
+  added.loras = {{file, scale}};
+  check(added);
+  const Impl::Turn turn(*impl_);
+  std::vector<LoraFile> all = impl_->loras;
+  all.push_back({file, scale});
+  impl_->apply_loras(all);
+  impl_->loras = std::move(all);
+}
+
+void Pipeline::unload_lora_weights() {
+  const Impl::Turn turn(*impl_);
+  impl_->loras.clear();
+  impl_->apply_loras({});
 }
 
 std::map<std::string, Tensor> Pipeline::run_engine(const std::string& name,

@@ -251,6 +251,164 @@ std::uint64_t memory_of(const Manifest& manifest, const Records& running, const 
   return total;
 }
 
+/// Time at which Stage C begins from a picture. Throws RequestError: a strength or a mask without one.
+double strength_of(const Request& request, const Tensors& given) {
+  if (!given.init_image) {
+    for (const auto& [name, there] : {std::pair<const char*, bool>{"strength", request.strength.has_value()},
+                                      {"mask_image", given.mask.has_value()}}) {
+      if (there) throw RequestError(std::string(name) + " is given without init_image, to which it belongs", name);
+    }
+  }
+  return request.strength.value_or(given.mask ? 1.0 : tables::kInitStrength);
+}
+
+std::vector<std::string> engines_of(const Request& request, const Tensors& given, Part part, bool text) {
+  std::vector<std::string> made;
+  if (text) made.emplace_back("text_encoder");
+  if (part != Part::decoder) {
+    if (!given.images.empty()) made.emplace_back("image_encoder");
+    if (given.init_image) made.emplace_back("effnet_encoder");
+    if (!given.init_image || strength_of(request, given) > 0) {
+      made.insert(made.end(), {"stage_c.context", "stage_c.step"});
+    }
+  }
+  if (part != Part::prior) {
+    if (given.mask) made.emplace_back("stage_a.encode");
+    made.insert(made.end(), {"stage_b.context", "stage_b.step"});
+    if (request.output_type != "latent") made.emplace_back("stage_a.decode");
+  }
+  return made;
+}
+
+std::int64_t prompt_count(const Request& request, const Tensors& given, Part part) {
+  const auto prompts = texts_of(request.prompt);
+  const bool embedded = given.prompt_embeds || given.prompt_embeds_pooled;
+  if (prompts.empty() && !embedded && (!given.images.empty() || given.init_image)) return 1;  // the empty prompt
+  if (prompts.empty() != embedded) {
+    throw RequestError(std::string("give either prompt or prompt_embeds with prompt_embeds_pooled, ") +
+                           (embedded ? "and not both" : "to say what to draw"),
+                       "prompt");
+  }
+  if (!prompts.empty()) return static_cast<std::int64_t>(prompts.size());
+  if (part != Part::decoder && !given.prompt_embeds) {
+    throw RequestError("the prior needs prompt_embeds beside prompt_embeds_pooled", "prompt_embeds");
+  }
+  const std::int64_t pooled = given.prompt_embeds_pooled->shape[0];
+  if (given.prompt_embeds && given.prompt_embeds->shape[0] != pooled) {
+    throw refused_text("prompt_embeds", shape_text(given.prompt_embeds->shape),
+                       "of " + std::to_string(pooled) + " prompts, as prompt_embeds_pooled is");
+  }
+  return pooled;
+}
+
+std::int64_t picture_count(const Request& request, const Tensors& given, std::int64_t prompts, Part part) {
+  const auto seeds = static_cast<std::int64_t>(request.seeds ? request.seeds->size() : 0);
+  std::int64_t pictures = 0;
+  if (part == Part::decoder) {
+    if (!given.image_embeddings) {
+      throw refused_text("image_embeddings", "None", "an array [N, 16, h, w], as the prior gives it");
+    }
+    const std::int64_t several = given.image_embeddings->shape[0];
+    if (several % prompts != 0) {
+      throw RequestError(std::to_string(several) + " image embeddings cannot be shared out to " +
+                             std::to_string(prompts) + " prompts",
+                         "image_embeddings");
+    }
+    pictures = several * request.num_images_per_prompt.value_or(1);
+  } else if (!request.num_images_per_prompt) {
+    pictures = std::max(prompts, seeds);
+    if (pictures % prompts != 0) {
+      throw RequestError(std::to_string(seeds) + " seeds cannot be shared out to " + std::to_string(prompts) + " prompts",
+                         "seeds");
+    }
+  } else {
+    pictures = prompts * *request.num_images_per_prompt;
+  }
+  if (seeds > 1 && seeds != pictures) {
+    throw RequestError("there are " + std::to_string(seeds) + " seeds for " + std::to_string(pictures) +
+                           " pictures; give 1 or " + std::to_string(pictures),
+                       "seeds");
+  }
+  return pictures;
+}
+
+/// (height, width) of a picture with a short side and the aspect of another, in multiples.
+std::array<std::int64_t, 2> size_like(const Image& image, std::int64_t shorter, std::int64_t multiple) {
+  const std::int64_t least = std::min(image.width, image.height);
+  return {shorter * image.height / least / multiple * multiple, shorter * image.width / least / multiple * multiple};
+}
+
+/// How a picture that is begun from is encoded, for the sizes that are planned; Stage C's becomes that of its latents.
+InitPlan plan_init(const Request& request, const Tensors& given, const ModelFacts& facts, const EngineRecord& encoder,
+                   double strength, Planned& made) {
+  InitPlan init;
+  init.strength = strength;
+  init.pixels = {made.prior_size[0] * tables::kEncoderStride, made.prior_size[1] * tables::kEncoderStride};
+  if (!request.height && !request.width) {
+    const double steps = static_cast<double>(std::min(facts.height, facts.width)) / facts.resolution_multiple;
+    const auto shorter = tables::kEncoderStride * static_cast<std::int64_t>(std::ceil(steps));
+    init.pixels = size_like(*given.init_image, shorter, range_of(encoder, "height").multiple);
+  }
+  for (std::size_t i = 0; i < 2; ++i) {
+    const std::string name = i == 0 ? "height" : "width";
+    const AxisRange& range = range_of(encoder, name);
+    if (range.accepts(init.pixels[i])) continue;
+    throw RequestError("init_image would be encoded at " + name + " " + std::to_string(init.pixels[i]) + "; " +
+                           encoder.name + " takes " + range.text() + "; give another height and width",
+                       "init_image");
+  }
+  const Shape grid =
+      shape_of(encoder, "latents", {{"batch", 1}, {"height", init.pixels[0]}, {"width", init.pixels[1]}});
+  made.prior_size = {grid.at(2), grid.at(3)};
+  if (given.mask) {
+    init.decoder_pixels = {made.decoder_size[0] * facts.compression, made.decoder_size[1] * facts.compression};
+  }
+  return init;
+}
+
+void plan_sizes(const Request& request, const Tensors& given, const Manifest& manifest, const Records& records,
+                const std::string& sampler, double strength, Planned& made) {
+  const ModelFacts& facts = manifest.model;
+  const std::int64_t grid_c = grid_of(records, "stage_c.step"), grid_b = grid_of(records, "stage_b.step");
+  const bool open = !request.height && !request.width;
+  if (made.part == Part::decoder && open) {
+    for (std::size_t i = 0; i < 2; ++i) {
+      made.prior_size[i] = given.image_embeddings->shape[2 + i];
+      const auto side = static_cast<double>(made.prior_size[i]) * facts.latent_dim_scale;
+      made.decoder_size[i] = round_up(static_cast<std::int64_t>(side), grid_b);
+      made.picture_size[i] = made.decoder_size[i] * facts.compression;
+    }
+    return;
+  }
+  std::array<std::int64_t, 2> size{request.height.value_or(facts.height), request.width.value_or(facts.width)};
+  if (given.init_image && open) size = size_like(*given.init_image, std::min(facts.height, facts.width), 1);
+  check_size("height", size[0]);
+  check_size("width", size[1]);
+  const AxisPlan down = plan_axis(facts, grid_c, grid_b, sampler, size[0]);
+  const AxisPlan across = plan_axis(facts, grid_c, grid_b, sampler, size[1]);
+  made.prior_size = {down.prior, across.prior};
+  made.decoder_size = {down.decoder, across.decoder};
+  made.picture_size = {down.picture, across.picture};
+  if (made.part == Part::decoder) {
+    made.prior_size = {given.image_embeddings->shape[2], given.image_embeddings->shape[3]};
+  } else if (given.init_image) {
+    made.init = plan_init(request, given, facts, need(records, "effnet_encoder"), strength, made);
+  }
+}
+
+/// Refuse more pictures to vary than Stage C's context takes.
+void check_images(const Tensors& given, const Records& running) {
+  if (given.images.empty()) return;
+  if (given.image_embeds) throw RequestError("give either images or image_embeds, and not both", "images");
+  const EngineRecord* context = record_of(running, "stage_c.context");
+  if (context == nullptr) return;
+  const AxisRange& range = range_of(*context, "images");
+  if (!range.accepts(static_cast<std::int64_t>(given.images.size()))) {
+    throw RequestError(std::to_string(given.images.size()) + " images are not accepted; this engine takes " + range.text(),
+                       "images");
+  }
+}
+
 void check_latents(const std::optional<Tensor>& latents, const LoopPlan& loop) {
   if (latents && latents->shape != loop.latents) {
     throw RequestError("latents has shape " + shape_text(latents->shape) + "; it must be " + shape_text(loop.latents),
@@ -287,10 +445,14 @@ std::int64_t number_axis(const EngineRecord& record, const std::string& tensor, 
 }
 
 Shape shape_of(const EngineRecord& record, const std::string& tensor, const Sizes& sizes) {
+  const TensorSpec& spec = record.tensor(tensor);
   try {
-    return record.tensor(tensor).shape(sizes);
-  } catch (const std::invalid_argument& error) {
-    throw BundleError("the manifest gives no shape of " + tensor + " of " + record.name + ": " + error.what());
+    return spec.shape(sizes);
+  } catch (const std::invalid_argument&) {
+    std::vector<std::string> told;
+    for (const auto& item : sizes) told.push_back(item.first + " " + std::to_string(item.second));
+    throw BundleError("the manifest's engine " + record.name + " has " + tensor + " with the axes " + spec.axes_text() +
+                      ", which have no size for " + joined(told) + "; build the bundle again with cascade-export");
   }
 }
 
@@ -307,20 +469,14 @@ const EngineRecord* record_of(const Records& records, const std::string& name) {
 
 Planned plan(const Request& asked, const Manifest& manifest, const Records& records, const Tensors& given, Part part) {
   check(asked);
-  for (const auto& [name, there] : {std::pair<const char*, bool>{"images", !asked.images.empty()},
-                                    {"init_image", asked.init_image.has_value()},
-                                    {"mask_image", asked.mask_image.has_value()}}) {
-    if (there) throw not_taken(name);
-  }
-  if (asked.strength) throw RequestError("strength is given without init_image, to which it belongs", "strength");
   const Request request = with_preset(asked, manifest);
   Planned made;
   made.part = part;
   const std::string sampler = request.sampler.value_or(manifest.model.default_sampler);
-  const SamplerPreset* preset = manifest.preset(sampler);
+  const SamplerDefaults* defaults = manifest.defaults(sampler);
 
-  const auto need_preset = [&] {
-    if (preset != nullptr) return;
+  const auto need_defaults = [&] {
+    if (defaults != nullptr) return;
     std::vector<std::string> known;
     for (const auto& item : manifest.sampling) known.push_back(item.first);
     throw RequestError("sampler " + repr(sampler) + " has no settings in this bundle; accepted: " + joined(known),
@@ -328,72 +484,24 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
   };
   bool text = !given.prompt_embeds_pooled.has_value();
   if (!text) {
-    need_preset();
+    need_defaults();
     bool guided = false;
     for (const bool prior : {true, false}) {
       if (prior ? part == Part::decoder : part == Part::prior) continue;
       for (const double one : wanted_scales(prior ? request.prior : request.decoder,
-                                            prior ? preset->prior : preset->decoder)) {
+                                            prior ? defaults->prior : defaults->decoder)) {
         guided = guided || one > 1;
       }
     }
     text = guided && !given.negative_prompt_embeds_pooled;
   }
-  if (text) made.engines.emplace_back("text_encoder");
-  if (part != Part::decoder) made.engines.insert(made.engines.end(), {"stage_c.context", "stage_c.step"});
-  if (part != Part::prior) {
-    made.engines.insert(made.engines.end(), {"stage_b.context", "stage_b.step"});
-    if (request.output_type != "latent") made.engines.emplace_back("stage_a.decode");
-  }
+  made.engines = engines_of(request, given, part, text);
   Records running;
   for (const auto& name : made.engines) running.push_back(&need(records, name));
-  need_preset();
+  need_defaults();
 
-  const auto prompts = texts_of(request.prompt);
-  const bool embedded = given.prompt_embeds || given.prompt_embeds_pooled;
-  if (prompts.empty() != embedded) {
-    throw RequestError(std::string("give either prompt or prompt_embeds with prompt_embeds_pooled, ") +
-                           (embedded ? "and not both" : "to say what to draw"),
-                       "prompt");
-  }
-  made.prompts = static_cast<std::int64_t>(prompts.size());
-  if (prompts.empty()) {
-    if (part != Part::decoder && !given.prompt_embeds) {
-      throw RequestError("the prior needs prompt_embeds beside prompt_embeds_pooled", "prompt_embeds");
-    }
-    made.prompts = given.prompt_embeds_pooled->shape[0];
-    if (given.prompt_embeds && given.prompt_embeds->shape[0] != made.prompts) {
-      throw refused_text("prompt_embeds", shape_text(given.prompt_embeds->shape),
-                         "of " + std::to_string(made.prompts) + " prompts, as prompt_embeds_pooled is");
-    }
-  }
-  const auto seeds = static_cast<std::int64_t>(request.seeds ? request.seeds->size() : 0);
-  if (part == Part::decoder) {
-    if (!given.image_embeddings) {
-      throw refused_text("image_embeddings", "None", "an array [N, 16, h, w], as the prior gives it");
-    }
-    const std::int64_t several = given.image_embeddings->shape[0];
-    if (several % made.prompts != 0) {
-      throw RequestError(std::to_string(several) + " image embeddings cannot be shared out to " +
-                             std::to_string(made.prompts) + " prompts",
-                         "image_embeddings");
-    }
-    made.pictures = several * request.num_images_per_prompt.value_or(1);
-  } else if (!request.num_images_per_prompt) {
-    made.pictures = std::max(made.prompts, seeds);
-    if (made.pictures % made.prompts != 0) {
-      throw RequestError(std::to_string(seeds) + " seeds cannot be shared out to " + std::to_string(made.prompts) +
-                             " prompts",
-                         "seeds");
-    }
-  } else {
-    made.pictures = made.prompts * *request.num_images_per_prompt;
-  }
-  if (seeds > 1 && seeds != made.pictures) {
-    throw RequestError("there are " + std::to_string(seeds) + " seeds for " + std::to_string(made.pictures) +
-                           " pictures; give 1 or " + std::to_string(made.pictures),
-                       "seeds");
-  }
+  made.prompts = prompt_count(request, given, part);
+  made.pictures = picture_count(request, given, made.prompts, part);
   if (request.seeds) {
     made.seeds = *request.seeds;
   } else {
@@ -401,33 +509,15 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
     for (std::int64_t i = 0; i < made.pictures; ++i) made.seeds.push_back(device());
   }
 
-  const ModelFacts& facts = manifest.model;
-  const std::int64_t grid_c = grid_of(records, "stage_c.step"), grid_b = grid_of(records, "stage_b.step");
-  if (part == Part::decoder && !request.height && !request.width) {
-    for (std::size_t i = 0; i < 2; ++i) {
-      made.prior_size[i] = given.image_embeddings->shape[2 + i];
-      const auto side = static_cast<double>(made.prior_size[i]) * facts.latent_dim_scale;
-      made.decoder_size[i] = round_up(static_cast<std::int64_t>(side), grid_b);
-      made.picture_size[i] = made.decoder_size[i] * facts.compression;
-    }
-  } else {
-    const std::int64_t height = request.height.value_or(facts.height), width = request.width.value_or(facts.width);
-    check_size("height", height);
-    check_size("width", width);
-    const AxisPlan down = plan_axis(facts, grid_c, grid_b, sampler, height);
-    const AxisPlan across = plan_axis(facts, grid_c, grid_b, sampler, width);
-    made.prior_size = {down.prior, across.prior};
-    made.decoder_size = {down.decoder, across.decoder};
-    made.picture_size = {down.picture, across.picture};
-    if (part == Part::decoder) made.prior_size = {given.image_embeddings->shape[2], given.image_embeddings->shape[3]};
-  }
+  const double strength = strength_of(request, given);
+  plan_sizes(request, given, manifest, records, sampler, strength, made);
 
   for (const bool prior : {true, false}) {
     const std::string stage = prior ? "stage_c" : "stage_b";
     const EngineRecord* spec = record_of(running, stage + ".step");
     if (spec == nullptr) continue;
     const LoopSettings& own = prior ? request.prior : request.decoder;
-    const LoopDefaults& defaults = prior ? preset->prior : preset->decoder;
+    const LoopDefaults& usual = prior ? defaults->prior : defaults->decoder;
     const auto model = manifest.models.find(stage);
     if (model == manifest.models.end() || !model->second.prediction_type) {
       throw BundleError("the bundle does not say what " + stage + " predicts; export it again",
@@ -435,12 +525,15 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
     }
     LoopPlan loop;
     loop.stage = stage;
-    loop.schedule = make_schedule(sampler, own.num_inference_steps.value_or(defaults.num_inference_steps),
-                                  *model->second.prediction_type, defaults.shift, defaults.scaler, defaults.s);
-    loop.scales = scale_table(prior ? "prior" : "decoder", own, defaults,
+    const double start = prior && made.init ? made.init->strength : 1.0;
+    const std::int64_t all = own.num_inference_steps.value_or(usual.num_inference_steps);
+    const std::int64_t steps =
+        start == 1 ? all : std::max<std::int64_t>(1, static_cast<std::int64_t>(static_cast<double>(all) * start));
+    loop.schedule = make_schedule(sampler, steps, *model->second.prediction_type, usual.shift, usual.scaler, usual.s, start);
+    loop.scales = scale_table(prior ? "prior" : "decoder", own, usual,
                               static_cast<std::size_t>(loop.schedule.size()), static_cast<std::size_t>(made.pictures),
                               static_cast<std::size_t>(made.prompts));
-    loop.rescale = defaults.guidance_rescale;
+    loop.rescale = usual.guidance_rescale;
     const auto& size = prior ? made.prior_size : made.decoder_size;
     loop.latents = {made.pictures, number_axis(*spec, "latents", 1), size[0], size[1]};
     check_loop(loop, *spec);
@@ -466,6 +559,7 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
                            shape_text(given.negative_prompt_embeds->shape),
                        "negative_prompt_embeds");
   }
+  check_images(given, running);
   const auto negatives = static_cast<std::int64_t>(texts_of(request.negative_prompt).size());
   if (negatives != 0) {
     if (given.negative_prompt_embeds) {
@@ -479,16 +573,18 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
   }
 
   made.request = request;
-  if (part != Part::decoder) {
-    made.request.height = request.height.value_or(facts.height);
-    made.request.width = request.width.value_or(facts.width);
+  // a size that follows from a picture or from latents is left open: filled in, it would be another one
+  if (part != Part::decoder && (!made.init || request.height || request.width)) {
+    made.request.height = request.height.value_or(manifest.model.height);
+    made.request.width = request.width.value_or(manifest.model.width);
   }
+  made.request.strength = made.init ? std::optional<double>(strength) : std::nullopt;
   made.request.num_images_per_prompt = made.pictures / n;
   made.request.seeds = made.seeds;
   made.request.sampler = sampler;
-  made.request.prior = full(request.prior, preset->prior);
-  made.request.decoder = full(request.decoder, preset->decoder);
-  made.latent_scale = preset->latent_scale;
+  made.request.prior = full(request.prior, defaults->prior);
+  made.request.decoder = full(request.decoder, defaults->decoder);
+  made.latent_scale = defaults->latent_scale;
   made.memory = memory_of(manifest, running, made);
   return made;
 }

@@ -194,11 +194,34 @@ std::vector<ImagePrompt> images_from(const Json& value) {
   return made;
 }
 
+std::vector<LoraFile> loras_from(const Json& value) {
+  if (!value.is_array() || static_cast<std::int64_t>(value.size()) > tables::kMaxLoras) {
+    throw refused("loras", value, "a list of up to " + std::to_string(tables::kMaxLoras) + " files with scales");
+  }
+  std::vector<LoraFile> made;
+  for (std::size_t i = 0; i < value.size(); ++i) {
+    const std::string name = "loras[" + std::to_string(i) + "]";
+    const Json& one = value[i];
+    bool fine = one.is_object() && one.contains("file") && one.at("file").is_string();
+    if (fine) {
+      for (const auto& item : one.items()) fine = fine && (item.key() == "file" || item.key() == "scale");
+      const auto& file = one.at("file").get_ref<const std::string&>();
+      fine = fine && !file.empty() && file.find('\0') == std::string::npos;
+    }
+    if (!fine) throw refused(name, one, "an object with file and scale");
+    const double scale = one.contains("scale") ? check_number(name + ".scale", one.at("scale"),
+                                                              static_cast<double>(tables::kMaxLoraScale))
+                                               : 1.0;
+    made.push_back({one.at("file").get<std::string>(), scale});
+  }
+  return made;
+}
+
 /// The fields of a request that this library has; of Python's others it takes the defaults only.
 constexpr const char* kOwnFields[] = {"prompt", "negative_prompt", "height",  "width",  "num_images_per_prompt",
                                       "seeds",  "noise",           "sampler", "preset", "prior",
                                       "decoder", "images",         "init_image", "strength", "mask_image",
-                                      "output_type"};
+                                      "loras",   "output_type"};
 
 Json texts_json(const Texts& texts) {
   if (const auto* one = std::get_if<std::string>(&texts)) return *one;
@@ -263,6 +286,13 @@ Json to_json(const Request& request) {
   made["init_image"] = optional_json(request.init_image);
   made["strength"] = optional_json(request.strength);
   made["mask_image"] = optional_json(request.mask_image);
+  made["loras"] = Json::array();
+  for (const auto& one : request.loras) {
+    Json lora = Json::object();
+    lora["file"] = one.file;
+    lora["scale"] = one.scale;
+    made["loras"].push_back(lora);
+  }
   made["output_type"] = request.output_type;
   return made;
 }
@@ -316,6 +346,7 @@ Request request_from(const Json& values) {
   if (const Json& value = at(values, "init_image"); !value.is_null()) made.init_image = place_from("init_image", value);
   if (const Json& value = at(values, "strength"); !value.is_null()) made.strength = check_share("strength", value);
   if (const Json& value = at(values, "mask_image"); !value.is_null()) made.mask_image = place_from("mask_image", value);
+  if (values.contains("loras")) made.loras = loras_from(values.at("loras"));
   if (values.contains("output_type")) {
     made.output_type = check_choice("output_type", values.at("output_type"), tables::kOutputTypes);
   }

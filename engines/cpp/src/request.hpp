@@ -25,6 +25,13 @@ struct LoopPlan {
   std::vector<std::size_t> ever_guided() const;
 };
 
+/// How a picture that is begun from is encoded.
+struct InitPlan {
+  double strength = 0;                    // time at which Stage C begins; 0: it does not run
+  std::array<std::int64_t, 2> pixels{};   // (height, width) that the semantic encoder is given
+  std::optional<std::array<std::int64_t, 2>> decoder_pixels;  // that Stage A's encoder is given, where a mask keeps a part
+};
+
 struct Planned {
   Request request;
   Part part = Part::picture;
@@ -32,6 +39,7 @@ struct Planned {
   std::int64_t prompts = 0;
   std::vector<std::uint64_t> seeds;
   std::array<std::int64_t, 2> prior_size{}, decoder_size{}, picture_size{};  // (height, width)
+  std::optional<InitPlan> init;
   std::optional<LoopPlan> prior, decoder;
   double latent_scale = 1;
   std::vector<std::string> engines;

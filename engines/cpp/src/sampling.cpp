@@ -14,7 +14,7 @@ constexpr double kPi = 3.14159265358979323846;
 
 double clipped(double value, double least, double most) { return std::min(std::max(value, least), most); }
 
-double cosine_alpha_bar(double t, double s) {
+double alpha_bar_at(double t, double s) {
   const double first = std::cos(s / (1 + s) * kPi / 2);
   const double cosine = std::cos((t + s) / (1 + s) * kPi / 2);
   return clipped(cosine * cosine / (first * first), tables::kAlphaRange[0], tables::kAlphaRange[1]);
@@ -62,7 +62,7 @@ Schedule original(std::int64_t steps, const std::string& prediction_type, double
   std::vector<float> ratios;
   for (std::int64_t i = 0; i <= steps; ++i) {
     const double t = i == steps ? 0.0 : static_cast<double>(i) * step + start;
-    const double plain_alpha = cosine_alpha_bar(t, s);
+    const double plain_alpha = alpha_bar_at(t, s);
     const double log_snr = clipped(std::log(plain_alpha / (1 - plain_alpha)) + moved, low, high);
     const double alpha = 1 / (1 + std::exp(-log_snr));
     alpha_bar.push_back(alpha);
@@ -91,7 +91,7 @@ Schedule diffusers(std::int64_t steps, const std::string& prediction_type, doubl
     } else if (scaler < 1) {
       warped = std::pow(warped, scaler);
     }
-    alpha_bar.push_back(cosine_alpha_bar(warped, s));
+    alpha_bar.push_back(alpha_bar_at(warped, s));
     if (i > 0) noise.push_back(ratio != 0 ? 1.0 : 0.0);
     if (i < steps) ratios.push_back(ratio);
   }
@@ -282,6 +282,11 @@ Corners corners(std::int64_t source, std::int64_t target) {
 
 }  // namespace
 
+double cosine_alpha_bar(double t) {
+  constexpr double kOffset = 0.008;
+  return alpha_bar_at(t, kOffset);
+}
+
 std::size_t count_of(const Shape& shape) {
   std::size_t count = 1;
   for (const auto size : shape) count *= static_cast<std::size_t>(size);
@@ -345,6 +350,25 @@ Tensor resize_bilinear(const Tensor& x, std::int64_t height, std::int64_t width)
       const float* high = wide.data() + (row * h + down.high[j]) * out_w;
       float* out = made.data.data() + (row * out_h + j) * out_w;
       for (std::size_t i = 0; i < out_w; ++i) out[i] = low[i] * (1.0F - share) + high[i] * share;
+    }
+  }
+  return made;
+}
+
+Tensor colours_of(const Tensor& latents, const PreviewFactors& preview) {
+  const auto channels = static_cast<std::size_t>(latents.shape[1]);
+  const auto plane = static_cast<std::size_t>(latents.shape[2] * latents.shape[3]);
+  Tensor made{{latents.shape[0], latents.shape[2], latents.shape[3], 3}, {}};
+  for (std::size_t b = 0; b < static_cast<std::size_t>(latents.shape[0]); ++b) {
+    for (std::size_t i = 0; i < plane; ++i) {
+      for (std::size_t c = 0; c < 3; ++c) {
+        double sum = 0;  // holds every product exactly; rounded once
+        for (std::size_t k = 0; k < channels; ++k) {
+          sum += static_cast<double>(latents.data[(b * channels + k) * plane + i]) *
+                 static_cast<double>(preview.factors[k][c]);
+        }
+        made.data.push_back(static_cast<float>(sum) + preview.offset[c]);
+      }
     }
   }
   return made;

@@ -23,6 +23,9 @@ struct Schedule {
 Schedule make_schedule(const std::string& sampler, std::int64_t steps, const std::string& prediction_type, double shift,
                        double scaler, double s, double start = 1.0);
 
+/// The signal's share at a time of 0..1, without a shift.
+double cosine_alpha_bar(double t);
+
 /// [T, dim]: sines, cosines, and a zero column where dim is odd.
 Tensor timestep_embedding(const std::vector<float>& ratios, std::int64_t dim);
 
@@ -32,6 +35,9 @@ void guide(const float* conditional, const float* unconditional, float scale, do
 
 /// Bilinear resize with aligned corners of [B, C, h, w].
 Tensor resize_bilinear(const Tensor& x, std::int64_t height, std::int64_t width);
+
+/// Latents [B, C, h, w] as colours [B, h, w, 3], not clipped: one matrix, no network.
+Tensor colours_of(const Tensor& latents, const PreviewFactors& preview);
 
 /// A source of standard normal numbers; each call goes on where the last one ended.
 class Noise {

@@ -1,5 +1,5 @@
-// The manifest against its JSON Schema, which generate.py takes from the Python package, in the words of schema.py.
-// The subset that the schema uses is: $ref, type, enum, properties, required, additionalProperties, propertyNames, items,
+// Documents against their JSON Schemas, which generate.py takes from the Python package, in the words of schema.py.
+// The subset that the schemas use is: $ref, type, enum, properties, required, additionalProperties, propertyNames, items,
 // prefixItems, minItems, maxItems, anyOf, pattern, minLength, maxLength, minimum, maximum, exclusiveMinimum.
 #include <algorithm>
 #include <regex>
@@ -18,13 +18,10 @@ struct Problem {
   std::string told;
 };
 
-const Json& schema() {
-  static const Json made = [] {
-    std::string text;
-    for (const char* const* piece = tables::kSchema; *piece != nullptr; ++piece) text += *piece;
-    return Json::parse(text);
-  }();
-  return made;
+Json parsed(const char* const* pieces) {
+  std::string text;
+  for (; *pieces != nullptr; ++pieces) text += *pieces;
+  return Json::parse(text);
 }
 
 bool matches(const std::string& text, const std::string& pattern) {
@@ -32,11 +29,11 @@ bool matches(const std::string& text, const std::string& pattern) {
   return std::regex_search(text, std::regex(pattern, std::regex::ECMAScript));
 }
 
-const Json& resolved(const Json& rule) {
+const Json& resolved(const Json& rule, const Json& schema) {
   const Json* made = &rule;
   while (made->contains("$ref")) {
     const std::string name = made->at("$ref").get<std::string>();  // "#/$defs/NAME"
-    made = &schema().at("$defs").at(name.substr(name.rfind('/') + 1));
+    made = &schema.at("$defs").at(name.substr(name.rfind('/') + 1));
   }
   return *made;
 }
@@ -64,11 +61,11 @@ std::string lengths(const Json& rule, const char* least_key, const char* most_ke
 }
 
 /// What a rule accepts, in words.
-std::string accepted_by(const Json& given) {
-  const Json& rule = resolved(given);
+std::string accepted_by(const Json& given, const Json& schema) {
+  const Json& rule = resolved(given, schema);
   if (rule.contains("anyOf")) {
     std::vector<std::string> words;
-    for (const Json& one : rule.at("anyOf")) words.push_back(accepted_by(one));
+    for (const Json& one : rule.at("anyOf")) words.push_back(accepted_by(one, schema));
     return joined(words, " or ");
   }
   if (rule.contains("enum")) {
@@ -145,9 +142,9 @@ bool listed(const Json& value, const Json& words) {
   });
 }
 
-std::optional<Problem> check(const Json& value, const Json& rule_given, const std::string& path);
+std::optional<Problem> check(const Json& value, const Json& rule_given, const std::string& path, const Json& schema);
 
-std::optional<Problem> check_object(const Json& value, const Json& rule, const std::string& path) {
+std::optional<Problem> check_object(const Json& value, const Json& rule, const std::string& path, const Json& schema) {
   static const Json none = Json::object();
   const bool record = rule.contains("properties");
   const Json& properties = record ? rule.at("properties") : none;
@@ -156,18 +153,18 @@ std::optional<Problem> check_object(const Json& value, const Json& rule, const s
                                      : path + "['" + shortened(plain(item.key())) + "']";
     if (rule.contains("propertyNames")) {
       const Json key = item.key();
-      if (check(key, rule.at("propertyNames"), below)) {
-        const std::string accepted = accepted_by(rule.at("propertyNames"));
+      if (check(key, rule.at("propertyNames"), below, schema)) {
+        const std::string accepted = accepted_by(rule.at("propertyNames"), schema);
         return Problem{path, nullptr, accepted,
                        "the key " + shown(key) + " is not accepted; a key must be " + accepted};
       }
     }
     if (properties.contains(item.key())) {
-      if (auto found = check(item.value(), properties.at(item.key()), below)) return found;
+      if (auto found = check(item.value(), properties.at(item.key()), below, schema)) return found;
     } else if (rule.contains("additionalProperties")) {
       const Json& other = rule.at("additionalProperties");
       if (other.is_object()) {
-        if (auto found = check(item.value(), other, below)) return found;
+        if (auto found = check(item.value(), other, below, schema)) return found;
       } else if (!other.get<bool>()) {
         std::vector<std::string> names;
         for (const auto& property : properties.items()) names.push_back(property.key());
@@ -180,22 +177,22 @@ std::optional<Problem> check_object(const Json& value, const Json& rule, const s
   for (const Json& name : rule.at("required")) {
     const auto& missing = name.get_ref<const std::string&>();
     if (value.contains(missing)) continue;
-    const std::string accepted = accepted_by(properties.at(missing));
+    const std::string accepted = accepted_by(properties.at(missing), schema);
     return Problem{path + "." + missing, nullptr, accepted, "the key is missing; it must be " + accepted};
   }
   return std::nullopt;
 }
 
-std::optional<Problem> check(const Json& value, const Json& rule_given, const std::string& path) {
-  const Json& rule = resolved(rule_given);
+std::optional<Problem> check(const Json& value, const Json& rule_given, const std::string& path, const Json& schema) {
+  const Json& rule = resolved(rule_given, schema);
   const auto refusal = [&] {
-    const std::string accepted = accepted_by(rule);
+    const std::string accepted = accepted_by(rule, schema);
     return Problem{path, &value, accepted, quoted(value) + " is not accepted; it must be " + accepted};
   };
   if (rule.contains("anyOf")) {
     std::optional<Problem> deeper;
     for (const Json& one : rule.at("anyOf")) {
-      auto found = check(value, one, path);
+      auto found = check(value, one, path, schema);
       if (!found) return std::nullopt;
       if (found->path != path) deeper = std::move(found);  // it is of this kind, and something in it is wrong
     }
@@ -211,20 +208,29 @@ std::optional<Problem> check(const Json& value, const Json& rule_given, const st
       const bool prefixed = rule.contains("prefixItems") && i < rule.at("prefixItems").size();
       if (!prefixed && !(rule.contains("items") && rule.at("items").is_object())) continue;
       const Json& own = prefixed ? rule.at("prefixItems")[i] : rule.at("items");
-      if (auto found = check(value[i], own, path + "[" + std::to_string(i) + "]")) return found;
+      if (auto found = check(value[i], own, path + "[" + std::to_string(i) + "]", schema)) return found;
     }
   }
-  return value.is_object() ? check_object(value, rule, path) : std::nullopt;
+  return value.is_object() ? check_object(value, rule, path, schema) : std::nullopt;
 }
 
 }  // namespace
 
+std::optional<SchemaProblem> schema_problem(const Json& document, Schema schema, const std::string& where) {
+  static const Json schemas[] = {parsed(tables::kSchema), parsed(tables::kTensorSchema), parsed(tables::kMetadataSchema)};
+  const Json& own = schemas[static_cast<std::size_t>(schema)];
+  const auto found = check(document, own, "$", own);
+  if (!found) return std::nullopt;
+  std::string path = found->path.substr(1);
+  if (path.rfind('.', 0) == 0) path.erase(0, 1);
+  return SchemaProblem{plain(where) + ": " + (path.empty() ? "the document" : path) + ": " + found->told,
+                       path.empty() ? "$" : path, found->value == nullptr ? "" : quoted(*found->value), found->accepted};
+}
+
 void check_schema(const Json& document, const std::string& where) {
-  const auto found = check(document, schema(), "$");
-  if (!found) return;
-  const std::string path = found->path.rfind("$.", 0) == 0 ? found->path.substr(2) : "";
-  throw BundleError(plain(where) + ": " + (path.empty() ? "the document" : path) + ": " + found->told,
-                    path.empty() ? "$" : path, found->value == nullptr ? "" : quoted(*found->value), found->accepted);
+  if (const auto found = schema_problem(document, Schema::manifest, where)) {
+    throw BundleError(found->message, found->field, found->value, found->accepted);
+  }
 }
 
 }  // namespace cascade_rt::detail

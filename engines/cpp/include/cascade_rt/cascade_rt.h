@@ -24,7 +24,8 @@ typedef enum cascade_status {
   CASCADE_OUTPUT_ERROR = 5,    /* a file could not be written */
   CASCADE_INTERRUPTED = 6,     /* cascade_interrupt was called */
   CASCADE_OUT_OF_MEMORY = 7,
-  CASCADE_FAILED = 8           /* anything else; the message says what */
+  CASCADE_FAILED = 8,          /* anything else; the message says what */
+  CASCADE_CHECKPOINT_ERROR = 9 /* a LoRA file is missing, damaged, or does not fit */
 } cascade_status;
 
 typedef struct cascade_bundle cascade_bundle;

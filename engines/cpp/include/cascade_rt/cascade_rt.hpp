@@ -77,6 +77,25 @@ class BundleNotFoundError : public BundleError {
   explicit BundleNotFoundError(const std::string& message) : BundleError(Kind{"BundleNotFoundError"}, message) {}
 };
 
+/// A LoRA file is missing or damaged, of another architecture, or of a kind that is not read.
+class CheckpointError : public Error {
+ public:
+  explicit CheckpointError(const std::string& message) : Error("CheckpointError", message) {}
+
+ protected:
+  struct Kind {
+    const char* name;
+  };
+  CheckpointError(Kind kind, const std::string& message) : Error(kind.name, message) {}
+};
+
+/// A LoRA file is of a kind that is never read.
+class MissingCheckpointError : public CheckpointError {
+ public:
+  explicit MissingCheckpointError(const std::string& message)
+      : CheckpointError(Kind{"MissingCheckpointError"}, message) {}
+};
+
 /// An engine could not be loaded or run, or was called with tensors that it does not take.
 class EngineError : public Error {
  public:
@@ -111,8 +130,14 @@ struct LoopSettings {
 
 /// A picture whose content is drawn anew.
 struct ImagePrompt {
-  std::string image;    ///< path of a file
+  std::string image;    ///< path of a file, or a data:image/...;base64, URI
   double weight = 1.0;  ///< factor of its CLIP embedding
+};
+
+/// A LoRA file that is applied while a request runs.
+struct LoraFile {
+  std::string file;    ///< path of a .safetensors file
+  double scale = 1.0;  ///< factor of everything that it adds
 };
 
 /// Everything that one call asks for: plain data. Empty fields stand for the bundle's values.
@@ -128,10 +153,11 @@ struct Request {
   std::optional<std::string> preset;                    ///< "quality", "balanced" or "fast"
   LoopSettings prior;                                   ///< Stage C
   LoopSettings decoder;                                 ///< Stage B
-  std::vector<ImagePrompt> images;                      ///< pictures to vary
-  std::optional<std::string> init_image;                ///< picture to begin from, a path
-  std::optional<double> strength;                       ///< how much of init_image is drawn anew, 0..1
-  std::optional<std::string> mask_image;                ///< white where init_image is drawn anew
+  std::vector<ImagePrompt> images;                      ///< pictures to vary, up to 8
+  std::optional<std::string> init_image;                ///< picture to begin from, a path or a data: URI
+  std::optional<double> strength;                       ///< how much of init_image is drawn anew, 0..1; 0 only decodes it
+  std::optional<std::string> mask_image;                ///< white where init_image is drawn anew, black is kept
+  std::vector<LoraFile> loras;                          ///< applied to this request, up to 16
   std::string output_type = "pil";                      ///< "pil" (RGB8), "np" (float) or "latent"
 
   /// As JSON text, the same as Python's `Request.to_json`.
@@ -147,23 +173,39 @@ struct Tensor {
   std::vector<float> data;
 };
 
-/// Arrays in the place of what the cascade would compute.
+/// A picture: 8-bit RGB, rows from the top, no padding.
+struct Image {
+  std::int64_t width = 0;
+  std::int64_t height = 0;
+  std::vector<std::uint8_t> rgb;  ///< height * width * 3 bytes
+};
+
+/// Where a picture is drawn anew.
+struct Mask {
+  std::int64_t width = 0;
+  std::int64_t height = 0;
+  std::vector<std::uint8_t> free;  ///< height * width bytes, rows from the top: 1 is drawn anew, 0 is kept
+};
+
+/// A picture to vary, opened.
+struct WeightedImage {
+  Image image;
+  double weight = 1.0;  ///< factor of its CLIP embedding
+};
+
+/// Arrays and pictures in the place of what the cascade would compute or open.
 struct Tensors {
   std::optional<Tensor> prompt_embeds;                  ///< [N, L, E], with prompt_embeds_pooled, instead of prompts
   std::optional<Tensor> prompt_embeds_pooled;           ///< [N, 1, P]
   std::optional<Tensor> negative_prompt_embeds;         ///< [N, L, E], with its pooled partner
   std::optional<Tensor> negative_prompt_embeds_pooled;  ///< [N, 1, P]
   std::optional<Tensor> image_embeds;                   ///< [1, n, I], CLIP image embeddings to vary
+  std::vector<WeightedImage> images;                    ///< instead of `Request::images`
+  std::optional<Image> init_image;                      ///< instead of `Request::init_image`
+  std::optional<Mask> mask;                             ///< instead of `Request::mask_image`
   std::optional<Tensor> latents;                        ///< [B, 16, h, w], initial noise of Stage C
   std::optional<Tensor> image_embeddings;               ///< [N, 16, h, w], result of Stage C, for `Pipeline::decode`
   std::optional<Tensor> decoder_latents;                ///< [B, 4, H/4, W/4], initial noise of Stage B
-};
-
-/// A picture: 8-bit RGB, rows from the top, no padding.
-struct Image {
-  std::int64_t width = 0;
-  std::int64_t height = 0;
-  std::vector<std::uint8_t> rgb;  ///< height * width * 3 bytes
 };
 
 /// What a callback is told at the end of a step.
@@ -174,6 +216,7 @@ struct Step {
   double ratio;                      ///< timestep ratio that the network was given, 0..1
   const Tensor& latents;             ///< [B, C, H, W] after the step; valid during the call
   std::function<Tensor()> x0;        ///< the clean latents that the prediction implies; computed when called
+  std::function<std::vector<Image>()> preview;  ///< what x0 looks like, a small picture each; throws BundleError
 };
 
 /// Called at the end of every step. Latents of the same shape that it returns replace the loop's.
@@ -253,14 +296,22 @@ class Pipeline {
   Pipeline(Pipeline&&) noexcept;
   Pipeline& operator=(Pipeline&&) noexcept;
 
-  /// What a request means to this bundle and provider.
+  /// What a request means to this bundle and provider. Pictures that it names are opened, engines are not.
   Plan plan(const Request& request) const;
-  /// Make pictures. @throws RequestError, BundleError, EngineError, GenerationInterrupted
+  /// Make pictures. @throws RequestError, BundleError, CheckpointError, EngineError, GenerationInterrupted
   Result generate(const Request& request, const StepCallback& on_step = {}, const Tensors& given = {});
   /// Stage C alone.
   PriorResult prior(const Request& request, const StepCallback& on_step = {}, const Tensors& given = {});
   /// Stages B and A on `given.image_embeddings`.
   Result decode(const Request& request, const Tensors& given, const StepCallback& on_step = {});
+  /// The latents of a picture, [1, 16, h, w]: what Stage C would make of it. `decode` makes a picture of them.
+  /// @param height Pixels that the latents shall stand for; empty: the bundle's short side and the picture's aspect.
+  Tensor encode(const Image& image, std::optional<std::int64_t> height = {}, std::optional<std::int64_t> width = {});
+  /// Apply a LoRA file to every request from now on; several add up. The bundle stays as it is.
+  /// @throws RequestError a scale that is not accepted. @throws CheckpointError the file is damaged or does not fit.
+  void load_lora_weights(const std::string& file, double scale = 1.0);
+  /// Take all LoRA files of `load_lora_weights` off again.
+  void unload_lora_weights();
   /// Run one engine by hand, for example "stage_a.encode" or "previewer": float32 inputs, float32 host outputs.
   std::map<std::string, Tensor> run_engine(const std::string& name, const std::map<std::string, Tensor>& feeds);
   /// Token ids of prompts, [N, max_length], as the text encoder gets them.
@@ -283,6 +334,13 @@ class Pipeline {
 
 /// The request that makes one picture of a result alone; where all were drawn from one stream, the one that makes all.
 Request alone(const Result& result, std::size_t index);
+/// A picture of a file or a data: URI, upright; transparent pixels become white. PNG, and JPEG where it is built in.
+/// @throws RequestError it cannot be read; its field is `field`.
+Image open_picture(const std::string& source, const std::string& field = "image");
+/// A mask: white is drawn anew, black is kept; of a picture with transparency, the transparent pixels are drawn anew.
+Mask open_mask(const std::string& source, const std::string& field = "mask_image");
+/// PSNR in dB (peak 1) between a picture, cut and resized to what was made of it, and that.
+double reconstruction_psnr(const Image& source, const Image& made);
 /// The bytes of a PNG with text chunks (key, UTF-8 value).
 std::vector<std::uint8_t> encode_png(const Image& image,
                                      const std::vector<std::pair<std::string, std::string>>& texts = {});
