@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from PIL import Image
 
 from cascade_rt import CascadePipeline, Request
 from cascade_rt.bundle import Bundle, default_bundle_path
+from cascade_rt.entry import main_run
 from cascade_rt.errors import CascadeError
 from cascade_rt.image import read_request
+from cascade_rt.tensor_file import TensorFile, narrowed
+from lora_files import Array, write
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -152,6 +156,246 @@ def test_requests_go_through_pictures_both_ways(built: Path, environment: dict[s
     assert len({read_request(tmp_path / f"{name}.png") for name in "abc"}) == 1
 
 
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures and LoRA files that requests bring along."""
+    folder = tmp_path_factory.mktemp("files")
+    rows, columns = np.mgrid[:200, :300]
+    smooth = np.stack([rows, columns // 2, (rows + columns) % 256], axis=2).astype(np.uint8)
+    smooth[60:140, 90:170] = (230, 20, 30)
+    Image.fromarray(smooth).save(folder / "scene.png")
+    Image.fromarray(smooth[:, :200]).save(folder / "square.png")
+    alpha = np.where((columns - 150) ** 2 + (rows - 100) ** 2 < 60**2, 0, columns * 2 % 256).astype(np.uint8)
+    Image.fromarray(np.dstack([smooth, alpha])).save(folder / "clear.png")
+    Image.fromarray(((columns < 110) * 255).astype(np.uint8)).save(folder / "mask.png")
+    Image.fromarray(smooth).save(folder / "photo.jpg", quality=90)
+    Image.fromarray(smooth).save(folder / "photo.webp")
+    Image.fromarray(((columns < 110) * 255).astype(np.uint8)[:100]).save(folder / "low.png")
+    (folder / "text.png").write_text("no picture")
+    shapes = TensorFile(TINY / "stage_c.safetensors").shapes
+    numbers = np.random.default_rng(5)
+
+    def drawn(*shape: int) -> Array:
+        return (numbers.standard_normal(shape) * 0.2).astype(np.float32)
+
+    def pair(shape: tuple[int, ...], down: str, up: str, parts: int = 1, rank: int = 4) -> dict[str, Array]:
+        return {down: drawn(rank, shape[1]), up: drawn(shape[0] * parts, rank)}
+
+    query = "down_blocks.0.2.attention.to_q"
+    kohya = f"lora_prior_unet_{query.replace('.', '_')}"
+    plain = pair(shapes[f"{query}.weight"], f"{kohya}.lora_down.weight", f"{kohya}.lora_up.weight")
+    write(folder / "kohya.safetensors", {**plain, f"{kohya}.alpha": np.array(2, np.float16)})
+    magnitude = np.abs(drawn(shapes[f"{query}.weight"][0], 1)) + np.float32(0.5)
+    write(folder / "dora.safetensors", {**plain, f"{kohya}.dora_scale": magnitude})
+    half = {key: narrowed(value, "BF16") for key, value in plain.items()}
+    write(folder / "bfloat.safetensors", {**half, f"{kohya}.alpha": np.array(3, np.int64)})
+    output = "up_blocks.0.0.channelwise.0"
+    peft = pair(shapes[f"{output}.weight"], f"prior.{output}.lora_A.weight", f"prior.{output}.lora_B.weight", rank=3)
+    write(folder / "peft.safetensors", peft, {"lora_adapter_metadata": '{"prior.lora_alpha": 6}'})
+    attentions = [key.removesuffix(".to_q.weight") for key in shapes if key.endswith("attention.to_q.weight")]
+    attentions.sort(key=lambda name: (name.startswith("up_blocks"), [int(x) for x in name.split(".") if x.isdigit()]))
+    authors: dict[str, Array] = {}
+    for index, name in enumerate(attentions):
+        for at, module, parts in ((2 * index, "to_out.0", 1), (2 * index + 1, "to_q", 3)):
+            keys = (f"weights.{at}.lora_down", f"weights.{at}.lora_up")
+            authors |= pair(shapes[f"{name}.{module}.weight"], *keys, parts)
+    write(folder / "authors.safetensors", authors)
+    write(folder / "few.safetensors", {key: value for key, value in authors.items() if key[8] in "01"})
+    write(folder / "wide.safetensors", pair((8, 8), f"{kohya}.lora_down.weight", f"{kohya}.lora_up.weight"))
+    write(folder / "half.safetensors", {f"{kohya}.lora_down.weight": drawn(4, 8)})
+    write(folder / "other.safetensors", {"model.weight": drawn(4, 8)})
+    write(folder / "words.safetensors", {"clip_g": drawn(4, 8)})
+    write(folder / "none.safetensors", {})
+    write(folder / "huge.safetensors", {key: value * np.float32(1e30) for key, value in plain.items()})
+    cut = (folder / "kohya.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(cut[:-10])
+    (folder / "short.safetensors").write_bytes(cut[:20])
+    (folder / "style.pt").write_bytes(b"")
+    return folder
+
+
+Both = Callable[..., list[Array]]
+
+
+@pytest.fixture
+def both(built: Path, environment: dict[str, str], files: Path, tmp_path: Path) -> Both:
+    """Make pictures with both commands, compare them and the requests that they carry, and return them."""
+
+    def make(*words: str, bundle: Path = TINY) -> list[Array]:
+        told = [str(files / word[1:]) if word.startswith("@") else word for word in words]
+        told += ["--provider", "cpu", "--bundle", str(bundle), "--quiet"]
+        ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+        for folder in (ours, theirs):
+            folder.mkdir(exist_ok=True)
+        made = run(built, environment, *told, "-o", ours / "x.png")
+        assert made.returncode == 0, made.stderr
+        assert main_run([*told, "-o", str(theirs / "x.png")]) == 0
+        pictures = []
+        for file in sorted(theirs.iterdir()):
+            with Image.open(ours / file.name) as first, Image.open(file) as second:
+                np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+                pictures.append(np.asarray(first))
+            assert json.loads(read_request(ours / file.name)) == json.loads(read_request(file))
+        assert len(pictures) == len(list(ours.iterdir()))
+        shutil.rmtree(ours)
+        shutil.rmtree(theirs)
+        return pictures
+
+    return make
+
+
+SHORT = ["--steps", "4", "--decoder-steps", "2", "--seed", "3"]
+WITH_PICTURES = {
+    "from a picture": ["a blue star", "--init", "@scene.png", "--strength", "0.6"],
+    "at its usual strength": ["a blue star", "--init", "@square.png", "--images", "2", "--sampler", "diffusers"],
+    "of another size": ["a blue star", "--init", "@scene.png", "--size", "192x128", "--guidance", "4"],
+    "transparent": ["--init", "@clear.png", "--low-memory"],
+    "masked": ["a blue star", "--init", "@scene.png", "--mask", "@mask.png"],
+    "masked by transparency": ["a star", "--init", "@scene.png", "--mask", "@clear.png", "--strength", "0.7"],
+    "masked, low memory": ["a star", "--init", "@scene.png", "--mask", "@mask.png", "--low-memory", "--images", "2"],
+    "decoded": ["a star", "--init", "@scene.png", "--strength", "0"],
+    "reconstructed": ["--reconstruct", "@square.png"],
+}
+
+
+@pytest.mark.parametrize("words", WITH_PICTURES.values(), ids=WITH_PICTURES)
+def test_pictures_begun_from_pictures_are_the_same_bytes(both: Both, words: list[str]) -> None:
+    made = both(*words, *SHORT)
+    assert made[0].std() > 5
+
+
+def test_the_round_trip_is_measured_alike(
+    built: Path, environment: dict[str, str], files: Path, tmp_path: Path
+) -> None:
+    words = [
+        "--reconstruct",
+        str(files / "scene.png"),
+        *SHORT,
+        "--provider",
+        "cpu",
+        "--json",
+        "-o",
+        str(tmp_path / "x.png"),
+    ]
+    ours, theirs = (
+        json.loads(call(environment, *words).stdout) for call in (lambda e, *w: run(built, e, *w), run_python)
+    )
+    assert ours["psnr"] == theirs["psnr"] > 8
+    assert ours.keys() == theirs.keys()
+    assert ours["seconds"].keys() == theirs["seconds"].keys()
+
+
+def test_photographs_are_read_where_libjpeg_is(
+    both: Both, built: Path, environment: dict[str, str], files: Path, tmp_path: Path
+) -> None:
+    photo = files / "photo.jpg"
+    told = run(built, environment, "x", "--init", photo, *SHORT, "--provider", "cpu", "-o", tmp_path / "x.png")
+    if "built without" in told.stderr:
+        assert told.returncode == 2
+        assert "accepted: PNG" in told.stderr
+    else:
+        assert told.returncode == 0, told.stderr
+        both("x", "--init", "@photo.jpg", *SHORT)
+    told = run(built, environment, "x", "--init", files / "photo.webp", "-o", tmp_path / "x.png")
+    assert told.returncode == 2
+    assert "it is a WebP" in told.stderr
+
+
+LORAS = {
+    "kohya's": ["@kohya.safetensors:0.7"],
+    "PEFT's": ["@peft.safetensors:-0.5"],
+    "the authors'": ["@authors.safetensors:0.3"],
+    "a DoRA": ["@dora.safetensors:0.8"],
+    "bfloat16": ["@bfloat.safetensors"],
+    "several": ["@kohya.safetensors:0.5", "@dora.safetensors:0.25", "@peft.safetensors"],
+}
+
+
+@pytest.mark.parametrize("loras", LORAS.values(), ids=LORAS)
+def test_pictures_with_loras_are_the_same_bytes(both: Both, loras: list[str]) -> None:
+    flags = [word for lora in loras for word in ("--lora", lora)]
+    plain = both("a red circle", *SHORT)
+    styled = both("a red circle", *SHORT, *flags)
+    assert not np.array_equal(plain[0], styled[0])
+
+
+def test_previews_are_the_same_pictures(built: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    words = ["a red circle", *SHORT, "--images", "2", "--provider", "cpu", "--quiet"]
+    for name, call in (("ours", lambda *w: run(built, environment, *w).returncode), ("theirs", lambda *w: main_run(w))):
+        (tmp_path / name).mkdir()
+        assert call(*words, "--preview", str(tmp_path / name / "p"), "-o", str(tmp_path / name / "x.png")) == 0
+    shown = sorted(file.name for file in (tmp_path / "theirs" / "p").iterdir())
+    assert shown == sorted(file.name for file in (tmp_path / "ours" / "p").iterdir())
+    assert shown == [*(f"b-0{i}.png" for i in (1, 2)), *(f"c-0{i}.png" for i in (1, 2, 3, 4))]
+    for name in shown:
+        with Image.open(tmp_path / "ours" / "p" / name) as ours, Image.open(tmp_path / "theirs" / "p" / name) as theirs:
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(tmp_path_factory: pytest.TempPathFactory, link_bundle: Callable[[Path, Path], Path]) -> Path:
+    """The shipped bundle with encoders of CLIP's kind and random weights: its tokenizer, texts and pictures."""
+    for name in ("torch", "transformers", "onnx"):
+        pytest.importorskip(name)
+    import torch
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    import reference
+    from cascade_export.checkpoints import open_checkpoint
+    from cascade_export.exporter import export
+    from cascade_export.job import ExportRequest
+    from cascade_rt.stages import PRECISIONS
+
+    folder = tmp_path_factory.mktemp("clip")
+    vocabulary, checkpoint = folder / "vocabulary", folder / "checkpoint"
+    model = json.loads((HERE / "clip_tokenizer.json").read_text())["model"]
+    special = ["<|startoftext|>", "<|endoftext|>"]  # the last two in CLIP's vocabulary
+    words = [*(word for word in model["vocab"] if word not in special), *special]
+    vocabulary.mkdir()
+    (vocabulary / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (vocabulary / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]))
+    CLIPTokenizer.from_pretrained(vocabulary, model_max_length=77).save_pretrained(checkpoint / "tokenizer")
+    end = len(words) - 1
+    size = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": end + 1, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    texts = CLIPTextModelWithProjection(CLIPTextConfig(**size, **ids, projection_dim=128, max_position_embeddings=77))
+    vision = CLIPVisionConfig(**size, projection_dim=64, image_size=32, patch_size=8)
+    pictures = CLIPVisionModelWithProjection(vision)
+    generator = torch.Generator().manual_seed(1)
+    for name, module in (("text_encoder", texts), ("image_encoder", pictures)):
+        reference.randomize(module, generator)
+        module.save_pretrained(checkpoint / name)
+    bundle = link_bundle(TINY, folder / "bundle")
+    wanted = ExportRequest(
+        stages=("text", "image"), precision=PRECISIONS["fp32"], out=bundle, quiet=True, verify=False, overwrite=True
+    )
+    export(open_checkpoint(str(checkpoint), None), wanted)
+    return bundle
+
+
+PROMPT = "Ångström's LARGE red café — they're naïve, 日本語 and 😀, ½ of <|endoftext|> it"
+WITH_CLIP = {
+    "both samplers": [PROMPT, "--sampler", "diffusers", "--images", "3", "--negative", "blue"],
+    "a picture to vary": [PROMPT, "--image", "@scene.png"],
+    "several, weighted": [PROMPT, "--image", "@scene.png:0.5", "--image", "@clear.png:-1.5", "--guidance", "3"],
+    "no prompt": ["--image", "@square.png"],
+    "from a picture": ["they've it'd", "--init", "@scene.png", "--image", "@square.png", "--low-memory"],
+    "masked": ["a", "--init", "@scene.png", "--mask", "@mask.png", "--sampler", "diffusers", "--guidance", "2"],
+}
+
+
+@pytest.mark.parametrize("words", WITH_CLIP.values(), ids=WITH_CLIP)
+def test_pictures_with_clips_encoders_are_the_same_bytes(both: Both, clip_bundle: Path, words: list[str]) -> None:
+    made = both(*words, *SHORT, "--size", "128x192", bundle=clip_bundle)
+    assert made[0].std() > 5
+
+
 REFUSED = [
     [],
     ["a", "--size", "10"],
@@ -170,18 +414,56 @@ REFUSED = [
     ["a", "-o", "/nowhere/x.png"],
     ["a", "--bundle", "/nowhere/at/all"],
     ["--from", "/nowhere/x.png"],
+    ["a", "--steps", "x"],
+    ["a", "--guidance", "nan"],
+    ["a", "--seed", "1.5"],
+    ["a", "--size", "axb"],
+    ["a", "--init", ""],
+    ["a", "--init", "/nowhere/x.png"],
+    ["a", "--init", "@scene.png", "--strength", "2"],
+    ["a", "--strength", "0.5"],
+    ["a", "--mask", "@mask.png"],
+    ["a", "--init", "@scene.png", "--mask", "@low.png"],
+    ["a", "--image", "/nowhere/x.png"],
+    ["a", "--image", "@scene.png:much"],
+    ["a", "--image", "@scene.png:11"],
+    ["a", "--image", "@scene.png"],
+    ["--reconstruct", "@scene.png", "--init", "@scene.png"],
+    ["--reconstruct", "/nowhere/x.png"],
+    ["a", "--lora", "/nowhere/x.safetensors"],
+    ["a", "--lora", "@kohya.safetensors:much"],
+    ["a", "--lora", "@kohya.safetensors:1001"],
+    ["a", "--lora", "@style.pt"],
+    ["a", "--lora", "@few.safetensors"],
+    ["a", "--lora", "@wide.safetensors"],
+    ["a", "--lora", "@half.safetensors"],
+    ["a", "--lora", "@other.safetensors"],
+    ["a", "--lora", "@words.safetensors"],
+    ["a", "--lora", "@none.safetensors"],
+    ["a", "--lora", "@huge.safetensors:1000"],
+    ["a", "--lora", "@cut.safetensors"],
+    ["a", "--lora", "@short.safetensors"],
+    ["a", "--lora", "/"],
+    ["a", "--preview", "/nowhere/p"],
 ]
 
 
 @pytest.mark.parametrize("words", REFUSED, ids=" ".join)
 def test_refusals_have_the_same_words(
-    built: Path, environment: dict[str, str], words: list[str], tmp_path: Path
+    built: Path,
+    environment: dict[str, str],
+    words: list[str],
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ours, theirs = (
-        call(*words) for call in (lambda *w: run(built, environment, *w), lambda *w: run_python(environment, *w))
-    )
-    assert ours.returncode == theirs.returncode != 0
-    wanted = theirs.stderr.replace("pictures are written as .png, .jpg, .jpeg, .webp", "pictures are written as .png")
+    told = [str(files / word[1:]) if word.startswith("@") else word for word in words]
+    monkeypatch.chdir(tmp_path)
+    ours = run(built, environment, *told)
+    assert ours.returncode == main_run(told) != 0
+    wanted = capsys.readouterr().err
+    wanted = wanted.replace("pictures are written as .png, .jpg, .jpeg, .webp", "pictures are written as .png")
     assert ours.stderr.replace("cascade-run-cpp", "cascade-run") == wanted
     assert not list(tmp_path.iterdir())
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,11 @@ from cascade_rt.entry import main_run
 from cascade_rt.lora import Lora
 from cascade_rt.request import LoraFile
 from cascade_rt.tensor_file import TensorFile, narrowed, put, widened
+from lora_files import Array, write
 
-Array = np.ndarray[Any, Any]
 FEW: dict[str, Any] = {"prior_num_inference_steps": 2, "num_inference_steps": 1, "output_type": "np"}
 TARGET = "down_blocks.0.2.attention.to_q"
 MODULE = "lora_prior_unet_" + TARGET.replace(".", "_")
-
-
-def write(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> Path:
-    """A safetensors file, written by its specification."""
-    names = {"float32": "F32", "float16": "F16", "int64": "I64"}
-    head: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, values in tensors.items():
-        start, end = end, end + values.nbytes
-        head[name] = {"dtype": names[str(values.dtype)], "shape": list(values.shape), "data_offsets": [start, end]}
-    text = json.dumps(head).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(v.tobytes() for v in tensors.values()))
-    return path
 
 
 def pair(shape: tuple[int, ...], seed: int = 0, rank: int = 4) -> dict[str, Array]:
