@@ -230,6 +230,22 @@ def _simplify(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
     )
     passes(model)
+    _drop_idle_transposes(model.graph)
+
+
+def _drop_idle_transposes(graph: ir.Graph) -> None:
+    """Remove transposes that leave every axis where it is, which torch's indexing makes.
+
+    Up to version 1.29, ONNX Runtime folds one into the Gemm behind it as if it exchanged the axes. Python 3.10 has no
+    newer one than 1.23.
+    """
+    for node in list(graph):
+        if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
+            continue
+        perm = node.attributes.get("perm")
+        if perm is not None and list(perm.as_ints()) == sorted(perm.as_ints()):
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])  # type: ignore[arg-type]
+            graph.remove(node, safe=True)
 
 
 def _check_and_name(spec: EngineSpec, graph: ir.Graph) -> None:

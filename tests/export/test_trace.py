@@ -55,6 +55,10 @@ def test_an_engine_traces(name: str, precision: str, tmp_path: Path) -> None:
     traced, graph = saved(name, precision, tmp_path)
     onnx.checker.check_model(str(tmp_path / "g.onnx"), full_check=True)
     assert traced.model.opset_imports[""] == PRECISIONS[precision].opset
+    perms = [list(a.ints) for node in graph.node if node.op_type == "Transpose" for a in node.attribute]
+    assert all(perm != sorted(perm) for perm in perms), (
+        "a transpose that does nothing; ONNX Runtime 1.29 folds it wrong"
+    )
     kinds = {"float32": 1, "uint8": 2, "int64": 7, "float16": 10, "bfloat16": 16}
     for values, tensors in ((graph.input, spec.inputs), (graph.output, spec.outputs)):
         assert [v.name for v in values] == [t.name for t in tensors]
