@@ -7,12 +7,24 @@ from typing import Any
 
 import numpy as np
 
+import pytest
+
 from cascade_rt.backends import Engine, EngineOptions
 from cascade_rt.bundle import Bundle
 from cascade_rt.loader import EngineLoader
 from cascade_rt.manifest import EngineRecord
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+OLDEST_WITH_CUDA = (1, 31)
+"""The version of ONNX Runtime that the extras of its GPU providers ask for. The CPU provider runs on older ones."""
+
+
+def skip_without_gpu_calls() -> None:
+    """Skip where ONNX Runtime is older than its GPU providers may be."""
+    import onnxruntime
+
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < OLDEST_WITH_CUDA:
+        pytest.skip(f"ONNX Runtime {onnxruntime.__version__} is too old for the GPU providers, which ask for 1.31")
 
 
 def record_of(bundle: Bundle, name: str, provider: str) -> EngineRecord:

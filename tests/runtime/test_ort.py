@@ -22,7 +22,7 @@ from cascade_rt.backends.ort_options import CONFIGURATION, TABLE, fixed_dimensio
 from cascade_rt.bundle import Bundle
 from cascade_rt.manifest import EngineRecord
 from cascade_rt.stages import PRECISIONS, AxisRange
-from opened import open_of, record_of
+from opened import open_of, record_of, skip_without_gpu_calls
 
 # Read off onnxruntime-gpu 1.31.1: with its CUDA and TensorRT libraries replaced by empty ones, it took these names and
 # values, and refused a name or a value that it does not know.
@@ -81,6 +81,7 @@ def test_options_are_in_the_installed_libraries(provider: str) -> None:
 
 
 def test_configuration_keys_are_in_the_installed_runtime() -> None:
+    skip_without_gpu_calls()
     [module] = Path(ort.__file__).parent.glob("capi/onnxruntime_pybind11_state*")
     content = module.read_bytes()
     keys = [GRAPH_ID, *CONFIGURATION, *(key for row in TABLE.values() for key in row.session)]
@@ -271,6 +272,7 @@ def test_another_tensorrt_than_onnx_runtimes_is_refused(monkeypatch: pytest.Monk
 
 
 def test_what_the_cpu_runs_is_found(bundle: Bundle) -> None:
+    skip_without_gpu_calls()
     options = ort.SessionOptions()
     for key, value in TABLE["cuda"].session.items():
         options.add_session_config_entry(key, value)

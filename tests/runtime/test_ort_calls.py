@@ -28,12 +28,13 @@ from cascade_rt.backends.ort_options import TABLE, OrtProvider, fixed_dimensions
 from cascade_rt.backends.ort_session import OrtTensor, Session, join, rows
 from cascade_rt.bundle import Bundle
 from cascade_rt.stages import ENGINES, AxisRange
-from opened import conditions, context, latents, open_of
+from opened import conditions, context, latents, open_of, skip_without_gpu_calls
 
 
 @pytest.fixture
 def bound_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Provider ``cuda``, as it is called, over ONNX Runtime's CPU provider."""
+    skip_without_gpu_calls()
     monkeypatch.setitem(TABLE, "cuda", OrtProvider(ep=TABLE["cpu"].ep, graphs=2))
     monkeypatch.setattr(ort_backend, "strays_of", lambda session: [])
 
@@ -236,6 +237,7 @@ def test_tensorrt_records_one_set_of_shapes_and_says_when_it_stops(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its provider would replay the graph of other shapes."""
+    skip_without_gpu_calls()
     monkeypatch.setitem(TABLE, "cuda", OrtProvider(ep=TABLE["cpu"].ep, graphs=TABLE["ort-tensorrt"].graphs))
     monkeypatch.setattr(ort_backend, "strays_of", lambda session: [])
     prompt = context(bundle, "cuda", 1)
