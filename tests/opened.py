@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-
 import pytest
 
 from cascade_rt.backends import Engine, EngineOptions
