@@ -114,6 +114,9 @@ def run_parser() -> argparse.ArgumentParser:
     add("--decoder-guidance", type=as_number, metavar="X", help="Stage B guidance scale; up to 1 is none")
     add("--negative", metavar="TEXT", help="what to draw away from")
     add(
+        "--weighted", action="store_true", help="brackets are weights, as in '(red:1.3) circle'; long prompts in chunks"
+    )
+    add(
         "--images",
         type=as_integer,
         metavar="N",
@@ -201,6 +204,7 @@ def requested(args: argparse.Namespace) -> Request:
         base,
         prompt=given_or(args.prompt, base.prompt),
         negative_prompt=given_or(args.negative, base.negative_prompt),
+        prompt_syntax="weighted" if args.weighted else base.prompt_syntax,
         height=given_or(height, base.height),
         width=given_or(width, base.width),
         num_images_per_prompt=len(seeds),

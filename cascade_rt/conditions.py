@@ -14,8 +14,13 @@ from .errors import EngineError
 from .plan import Plan
 from .request import Tensors
 from .text import PromptTokenizer
+from .weighting import Chunk, TokenRow
 
 Array = NDArray[np.float32]
+Text = str | TokenRow
+"""A prompt, or a chunk of one."""
+EncodeTexts = Callable[[Sequence[Text]], tuple[Array, Array]]
+"""Texts -> hidden states ``[N, L, E]`` and pooled ``[N, 1, P]``, float32."""
 RunEngine = Callable[[str, Mapping[str, NDArray[Any]]], Mapping[str, Value]]
 """(engine name, inputs) -> outputs."""
 
@@ -61,7 +66,7 @@ def host(outputs: Mapping[str, Value], name: str) -> Array:
     return value
 
 
-def encode_texts(texts: Sequence[str], tokenizer: PromptTokenizer, run: RunEngine) -> tuple[Array, Array]:
+def encode_texts(texts: Sequence[Text], tokenizer: PromptTokenizer, run: RunEngine) -> tuple[Array, Array]:
     """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of texts; equal texts are encoded once."""
     unique = list(dict.fromkeys(texts))
     ids, mask = tokenizer(unique)
@@ -70,13 +75,19 @@ def encode_texts(texts: Sequence[str], tokenizer: PromptTokenizer, run: RunEngin
     return host(out, "hidden_states")[rows], host(out, "pooled")[rows]
 
 
-def embed_texts(planned: Plan, given: Tensors, encode: Callable[[Sequence[str]], tuple[Array, Array]]) -> Embeddings:
+def embed_texts(
+    planned: Plan, given: Tensors, tokenizer: Callable[[], PromptTokenizer], encode: EncodeTexts
+) -> Embeddings:
     """The text embeddings of every picture.
 
     Args:
         planned: which prompts, and whether any picture is guided.
         given: embeddings in the place of prompts.
+        tokenizer: of the bundle; asked for where brackets in prompts are weights.
         encode: texts -> hidden states and pooled; called once at the most.
+
+    Raises:
+        RequestError: a weight that is not accepted.
     """
     request = planned.request
     prompts = list(request.prompts or ())
@@ -92,7 +103,12 @@ def embed_texts(planned: Plan, given: Tensors, encode: Callable[[Sequence[str]],
     if not planned.needs_negative:
         negative = (None, None)
     if prompts or unwanted:
-        hidden, pooled = encode([*prompts, *unwanted])
+        texts = [*(("prompt", text) for text in prompts), *(("negative_prompt", text) for text in unwanted)]
+        if request.prompt_syntax == "weighted":
+            known = tokenizer()
+            hidden, pooled = _weighted([known.chunks(*text) for text in texts], encode)
+        else:
+            hidden, pooled = encode([text for _, text in texts])
         if prompts:
             positive = hidden[:count], pooled[:count]
         if unwanted:
@@ -100,3 +116,30 @@ def embed_texts(planned: Plan, given: Tensors, encode: Callable[[Sequence[str]],
     each = [None if x is None else np.repeat(x, planned.pictures // count, axis=0) for x in (*positive, *negative)]
     assert each[1] is not None  # a plan has a prompt or its pooled embedding
     return Embeddings(prompt=each[0], pooled=each[1], negative=each[2], negative_pooled=each[3])
+
+
+def _weighted(prompts: Sequence[Sequence[Chunk]], encode: EncodeTexts) -> tuple[Array, Array]:
+    """Hidden states ``[N, chunks * L, E]`` and pooled ``[N, 1, P]`` of prompts in chunks.
+
+    A token of weight w is moved from what the encoder makes of the empty prompt at its place: ``e + w (h - e)``.
+    Shorter prompts are filled up with the empty one; the pooled state is the first chunk's.
+    Matches: ComfyUI's ``comfy/sd1_clip.py``, ``encode_token_weights``.
+    """
+    empty = ""
+    most = max(map(len, prompts))
+    hidden, pooled = encode([*(chunk.row for chunks in prompts for chunk in chunks), empty])
+    nothing, length = hidden[-1], hidden.shape[1]
+    rows: list[Array] = []
+    first: list[Array] = []
+    place = 0
+    for chunks in prompts:
+        made = []
+        for index, chunk in enumerate(chunks):
+            weights = np.ones((length, 1), np.float32)
+            weights[: len(chunk.weights), 0] = chunk.weights
+            told = hidden[place + index]
+            made.append(np.where(weights == 1, told, nothing + weights * (told - nothing)))
+        first.append(pooled[place])
+        rows.append(np.concatenate([*made, *[nothing] * (most - len(chunks))]))
+        place += len(chunks)
+    return np.stack(rows), np.stack(first)

@@ -27,7 +27,7 @@ from .outputs import CascadeOutput
 from .pictures import open_mask, open_picture, pictures_to_vary
 from .plan import Plan
 from .prior import PriorPipeline
-from .request import ControlKind, LoopSettings, LoraFile, Prompt, Request, Tensors
+from .request import ControlKind, LoopSettings, LoraFile, Prompt, PromptSyntax, Request, Tensors
 from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
 from .seeds import seeds_and_noise
@@ -268,6 +268,7 @@ class CascadePipeline:
         control_scale: float = 1.0,
         control_kind: ControlKind | None = None,
         control_filtered: bool = False,
+        prompt_syntax: PromptSyntax = "plain",
     ) -> Any:
         """Make pictures.
 
@@ -309,6 +310,8 @@ class CascadePipeline:
             control_scale: factor of what the ControlNet adds, -10..10.
             control_kind: ``canny``, ``inpainting``, ``super_resolution`` or ``picture``; None: the bundle's only one.
             control_filtered: ``control_image`` shows its edges already; no filter is needed.
+            prompt_syntax: ``weighted``: brackets in prompts are weights, as in ``(red:1.3)``, and long prompts are
+                encoded in chunks.
 
         Returns:
             `CascadeOutput`.
@@ -346,6 +349,7 @@ class CascadePipeline:
             control_scale=control_scale,
             control_kind=control_kind,
             control_filtered=control_filtered,
+            prompt_syntax=prompt_syntax,
             output_type=output_type,  # type: ignore[arg-type]
         )
         given = Tensors(

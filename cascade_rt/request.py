@@ -46,6 +46,7 @@ MAX_LORAS = 16
 MAX_LORA_SCALE = 1000
 MAX_CONTROL_SCALE = 10
 
+PromptSyntax = Literal["plain", "weighted"]
 ControlKind = Literal["canny", "inpainting", "super_resolution", "picture"]
 """The kinds of ControlNets: `stages.CONTROLS`."""
 
@@ -103,6 +104,9 @@ class Request:
     Attributes:
         prompt: what to draw, one text or several; None where embeddings are given in `Tensors`.
         negative_prompt: what to draw away from where guidance is on, one text or one for every prompt; None is "".
+        prompt_syntax: ``plain``: brackets are text, and what the text encoder does not take is cut off. ``weighted``:
+            ``(word:1.3)`` counts for more (`weighting.parse_weights`), in both prompts, and long prompts are encoded in
+            several chunks.
         height: pixels, 64..4096; None is the bundle's.
         width: likewise.
         num_images_per_prompt: pictures for every prompt; None: as many as there are seeds, or 1.
@@ -131,6 +135,7 @@ class Request:
 
     prompt: str | tuple[str, ...] | None = None
     negative_prompt: str | tuple[str, ...] | None = None
+    prompt_syntax: PromptSyntax = "plain"
     height: int | None = None
     width: int | None = None
     num_images_per_prompt: int | None = None
@@ -156,6 +161,7 @@ class Request:
         put = {
             "prompt": _texts_or_none("prompt", self.prompt),
             "negative_prompt": _texts_or_none("negative_prompt", self.negative_prompt),
+            "prompt_syntax": check_choice("prompt_syntax", self.prompt_syntax, get_args(PromptSyntax)),
             "height": optional(check_pixels, "height", self.height),
             "width": optional(check_pixels, "width", self.width),
             "num_images_per_prompt": optional(check_pictures, "num_images_per_prompt", self.num_images_per_prompt),

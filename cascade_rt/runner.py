@@ -21,7 +21,7 @@ from PIL.Image import Image
 from .backends.base import EngineOptions
 from .bundle import Bundle
 from .checks import as_array
-from .conditions import Embeddings, embed_texts, encode_texts, host
+from .conditions import Embeddings, EncodeTexts, Text, embed_texts, encode_texts, host
 from .control import control_pixels, enlarged, on_grid
 from .errors import BundleError, EngineError, GenerationInterrupted, RequestError, refused, shown
 from .files import name_of
@@ -36,15 +36,13 @@ from .pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open
 from .plan import CONTROL, STAGE_C, ControlPlan, DenoiserName, InitPlan, LoopPlan, Part, Plan, plan
 from .request import LoraFile, Request, Tensors, check_tensors
 from .sampling import cosine_alpha_bar, diffuse, timestep_embedding
-from .sizes import shape_of
+from .sizes import range_of, shape_of
 from .stages import ENGINES
 
 Array = NDArray[np.float32]
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 """``callback(pipe, step, timestep ratio, {"latents": ...})``, as in diffusers; may return changed latents."""
 
-EncodeTexts = Callable[[Sequence[str]], tuple[Array, Array]]
-"""Texts -> hidden states ``[N, L, E]`` and pooled ``[N, 1, P]``, float32."""
 CALLBACK_TENSORS = ("latents", "x0", "preview")
 """What ``callback_on_step_end_tensor_inputs`` may name: arrays, and ``preview``, a list of PIL images; only ``latents``
 may be returned changed."""
@@ -210,7 +208,7 @@ class Runner:
         if self._process == os.getpid():
             self._remove(before)
 
-    def encode(self, texts: Sequence[str]) -> tuple[Array, Array]:
+    def encode(self, texts: Sequence[Text]) -> tuple[Array, Array]:
         """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of texts."""
         return encode_texts(texts, self.bundle.tokenizer(), self.engines.call)
 
@@ -227,7 +225,8 @@ class Runner:
                 texts of all of them in one call.
         """
         with self.timed(timings, "text_encoder"):
-            texts = embed_texts(planned, given, encode or self.encode)
+            texts = embed_texts(planned, given, self.bundle.tokenizer, encode or self.encode)
+            self._check_tokens(planned, texts)
         if not given.images and planned.init is None and planned.control is None:
             return replace(texts, images=given.image_embeds)
         with self.timed(timings, "encoders"):
@@ -239,6 +238,21 @@ class Runner:
             if planned.control is not None:
                 found["residuals"] = self._residuals(planned, planned.control, given)
         return replace(texts, **found)
+
+    def _check_tokens(self, planned: Plan, texts: Embeddings) -> None:
+        """Refuse prompts of more chunks than Stage C takes.
+
+        Raises:
+            RequestError: with how many tokens there are.
+        """
+        if planned.prior is None or texts.prompt is None:
+            return
+        limits = range_of(self.engines.record("stage_c.context", planned.prior.features), "tokens")
+        if not limits.accepts(texts.prompt.shape[1]):
+            raise RequestError(
+                f"the prompt fills {texts.prompt.shape[1]} places for tokens; Stage C takes {limits}; shorten it",
+                field="prompt",
+            )
 
     def _residuals(self, planned: Plan, control: ControlPlan, given: Tensors) -> Array:
         """What a ControlNet adds to Stage C, on its grid: ``[1, n, h, w, C]`` float32, times the control scale."""

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from .errors import BundleError, plain, shortened, shown
 from .files import MIB, name_of, read_bounded
 from .manifest import TokenizerRecord
+from .weighting import Chunk, TokenRow, parse_weights
 
 Ids = NDArray[np.int64]
 MAX_TOKENIZER_BYTES = 64 * MIB
@@ -57,11 +58,34 @@ class PromptTokenizer:
                 f"to {record.max_length}"
             )
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
+    def chunks(self, field: str, prompt: str) -> list[Chunk]:
+        """A prompt whose brackets are weights (`parse_weights`), in as many chunks as it needs; at least one.
+
+        Args:
+            field: what the request calls the prompt, for messages.
+            prompt: any text.
+
+        Raises:
+            RequestError: a weight that is not accepted.
+        """
+        start, *_, end = self._tokenizer.encode("").ids
+        tokens: list[tuple[int, float]] = []
+        for piece in parse_weights(field, prompt):
+            ids = self._tokenizer.encode(piece.text, add_special_tokens=False).ids
+            tokens += [(token, piece.weight) for token in ids]
+        room = self._record.max_length - 2
+        made = []
+        for first in range(0, max(len(tokens), 1), room):
+            part = tokens[first : first + room]
+            row = (start, *(token for token, _ in part), end)
+            made.append(Chunk(row, (1.0, *(weight for _, weight in part), 1.0)))
+        return made
+
+    def __call__(self, prompts: Sequence[str | TokenRow]) -> tuple[Ids, Ids]:
         """Tokenize.
 
         Args:
-            prompts: any text; what does not fit is cut off with a `PromptTruncatedWarning`.
+            prompts: any text; what does not fit is cut off with a `PromptTruncatedWarning`. Or rows of `chunks`.
 
         Returns:
             ``input_ids`` and ``attention_mask``, each ``[len(prompts), max_length]`` int64.
@@ -69,11 +93,17 @@ class PromptTokenizer:
         length = self._record.max_length
         ids = np.full((len(prompts), length), self._record.pad_id, dtype=np.int64)
         mask = np.zeros((len(prompts), length), dtype=np.int64)
-        for row, encoding in enumerate(self._tokenizer.encode_batch(list(prompts))):
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encodings = iter(self._tokenizer.encode_batch(texts))
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+                continue
+            encoding = next(encodings)
             tokens = encoding.ids
             if len(tokens) > length:
                 # the prompt's own words from the first lost token on; the last token is the end token
-                lost = prompts[row][encoding.offsets[length - 1][0] :].strip()
+                lost = prompt[encoding.offsets[length - 1][0] :].strip()
                 warnings.warn(
                     f"the text encoder takes {length} tokens; this part of the prompt was cut off: {shown(lost)} "
                     f"({len(lost)} characters)",

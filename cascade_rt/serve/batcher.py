@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Engine
-from ..conditions import Embeddings, embed_texts
+from ..conditions import Embeddings, Text, embed_texts
 from ..errors import CascadeError, EngineError, RequestError
 from ..loop import Context, Denoising, Step, StepBatch
 from ..noise import PictureNoise
@@ -689,9 +689,10 @@ class Batcher:
     def _maker(self, kind: type[Group], name: str, runner: Runner, **rest: Any) -> Callable[[], Group]:
         return lambda: kind(name, runner, self._watch, self._limits, **rest)
 
-    def _loop_group(self, picture: Picture, plan: LoopPlan, images: int = 0) -> LoopGroup:
+    def _loop_group(self, picture: Picture, plan: LoopPlan, *sizes: int) -> LoopGroup:
+        """The loops that can share calls: of one size, also of their conditions."""
         runner, alone = self._runners[picture.order.model], picture.order.deterministic
-        key = (picture.order.model, plan.stage, plan.features, *plan.latents[1:], images, alone)
+        key = (picture.order.model, plan.stage, plan.features, *plan.latents[1:], *sizes, alone)
         engine = f"{plan.stage}.step"
         limits = self._limits
         most = limits.rows_of(picture.planned.sizes.picture) if plan.stage == "stage_b" else limits.rows
@@ -725,7 +726,8 @@ class Batcher:
             then=then,
         )
         images = 1 if texts.images is None else texts.images.shape[1]
-        self._loop_group(picture, plan, images).add(task)
+        tokens = 0 if texts.prompt is None else texts.prompt.shape[1]
+        self._loop_group(picture, plan, images, tokens).add(task)
 
     def _decoder(self, picture: Picture, texts: Embeddings, embeddings: Array) -> None:
         """Stage B's loop."""
@@ -801,20 +803,20 @@ def given_texts(picture: Picture) -> Embeddings:
 def _encode_together(runner: Runner, pictures: Iterable[Picture]) -> None:
     """Encode what the orders of these pictures say, once an order; the texts of all orders in one engine call."""
     new = {picture.asked: picture.planned for picture in pictures if picture.asked.texts is None}
-    texts: dict[str, None] = {}
+    texts: dict[Text, None] = {}
 
-    def gather(some: Sequence[str]) -> tuple[Array, Array]:
+    def gather(some: Sequence[Text]) -> tuple[Array, Array]:
         texts.update(dict.fromkeys(some))
         return np.zeros((len(some), 1, 1), np.float32), np.zeros((len(some), 1, 1), np.float32)
 
     for asked, planned in new.items():
-        embed_texts(planned, asked.given, gather)
+        embed_texts(planned, asked.given, runner.bundle.tokenizer, gather)
     if not new:
         return
     hidden, pooled = runner.encode(list(texts))
     rows = {text: row for row, text in enumerate(texts)}
 
-    def known(some: Sequence[str]) -> tuple[Array, Array]:
+    def known(some: Sequence[Text]) -> tuple[Array, Array]:
         chosen = [rows[text] for text in some]
         return hidden[chosen], pooled[chosen]
 
