@@ -7,10 +7,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from .backends import (
     StaleEngineError,
     Value,
     check_options,
-    computes,
     engine_runtime,
     open_engine,
     resolve_provider,
+    runs,
 )
 from .backends.cuda import gpu_sm
 from .bundle import Bundle
@@ -35,7 +35,7 @@ from .errors import BundleError, EngineError
 from .files import name_of
 from .manifest import EngineRecord, Manifest, Runtime
 from .profiles import narrowed_records
-from .stages import ENGINES, DType
+from .stages import ENGINES, PRECISIONS, Precision
 
 EngineName = str | tuple[str, tuple[str, ...]]
 """An engine by its name; with features: the name, and the features, sorted."""
@@ -70,7 +70,7 @@ class EngineLoader:
             EngineError: a provider that is not installed, or has no device here.
         """
         self.bundle = bundle
-        self.provider = resolve_provider(provider)
+        self.provider = resolve_provider(provider, self._runs_all)
         self.options = options or EngineOptions()
         check_options(self.provider, self.options)
         self._low_memory = low_memory
@@ -92,10 +92,16 @@ class EngineLoader:
         TensorRT in ONNX Runtime takes fewer sizes than the graph does: their ranges are narrowed.
         """
         whole = self.bundle.manifest
-        chosen = select(whole.engines, engine_runtime(self.provider), computes(self.provider), self._sm)
+        chosen = select(whole.engines, engine_runtime(self.provider), partial(runs, self.provider), self._sm)
         if self.provider == "ort-tensorrt":
             chosen = narrowed_records(chosen, whole)
         return msgspec.structs.replace(whole, engines=tuple(chosen))
+
+    def _runs_all(self, provider: str) -> bool:
+        """Whether a provider of graphs runs every engine that the bundle has a graph of."""
+        graphs = [record for record in self.bundle.manifest.engines if record.runtime == "onnx"]
+        chosen = select(graphs, "onnx", partial(runs, provider), None)
+        return {(r.name, r.features) for r in graphs} == {(r.name, r.features) for r in chosen}
 
     @cached_property
     def _sm(self) -> int | None:
@@ -132,14 +138,17 @@ class EngineLoader:
                 f"Add it with: {command}"
             )
         precisions = ", ".join(record.precision.name for record in fitting)
-        computed = computes(self.provider)
-        if not any(record.precision.compute in computed for record in fitting):
-            needed = {record.precision.compute for record in fitting}
-            others = [n for n, row in PROVIDERS.items() if row.runtime == "onnx" and needed & {*row.computes}]
+        if not any(runs(self.provider, record.precision) for record in fitting):
+            others = [
+                other
+                for other, row in PROVIDERS.items()
+                if row.runtime == "onnx" and any(row.takes(record.precision) for record in fitting)
+            ]
+            computed = ", ".join(row.name for row in PRECISIONS.values() if runs(self.provider, row))
             instead = f"Use --provider {' or '.join(n for n in others if n != self.provider)}, or export"
             return EngineError(
                 f"the bundle {where} has {name} in {precisions}, which provider {self.provider} does not compute here; "
-                f"it computes {', '.join(computed)}. {instead} with --precision fp32: {command} --precision fp32"
+                f"it computes {computed}. {instead} with --precision fp32: {command} --precision fp32"
             )
         partner = next(n for n in _coupled(name) if n != name)
         return BundleError(
@@ -329,7 +338,7 @@ state are the parent's."""
 
 
 def select(
-    engines: Iterable[EngineRecord], runtime: Runtime, computed: Container[DType], sm: int | None
+    engines: Iterable[EngineRecord], runtime: Runtime, computed: Callable[[Precision], bool], sm: int | None
 ) -> list[EngineRecord]:
     """The engines that will run: for every name and set of features the first that can.
 
@@ -339,7 +348,7 @@ def select(
     Args:
         engines: in the manifest's order, which decides where several would do.
         runtime: that the provider runs.
-        computed: compute dtypes that the provider takes.
+        computed: whether the provider runs a precision.
         sm: compute capability of the GPU, for engine files that are for certain ones.
 
     Returns:
@@ -348,7 +357,7 @@ def select(
     able = [
         record
         for record in engines
-        if record.runtime == runtime and _runs_on(record, sm) and record.precision.compute in computed
+        if record.runtime == runtime and _runs_on(record, sm) and computed(record.precision)
     ]
     precisions = {stage: _most_complete(able, stage) for stage in {ENGINES[r.name].stage for r in able}}
     found: dict[_Key, EngineRecord] = {}

@@ -187,6 +187,20 @@ class StreamScalesRecord(Record, frozen=True, kw_only=True):
     largest_inner: Figure
 
 
+class Int8Record(Record, frozen=True, kw_only=True):
+    """Linear layers of an int8 component.
+
+    Attributes:
+        layers: how many are computed in 8 bits.
+        largest_error: of their products, relative, as the export's scan saw it.
+        wide: layers that stay in the compute dtype because of that scan: the weight's name -> the reason.
+    """
+
+    layers: Annotated[int, Meta(ge=0, le=1_000_000)]
+    largest_error: Figure
+    wide: dict[Text, Text] = {}
+
+
 class ModelRecord(Record, frozen=True, kw_only=True):
     """One component of the checkpoint: enough to build it again.
 
@@ -195,6 +209,7 @@ class ModelRecord(Record, frozen=True, kw_only=True):
         weights: its file; None where the bundle holds only TensorRT engine files of it, which contain the weights.
         prediction_type: of a denoiser.
         stream_scales: of an fp16 denoiser.
+        int8: of a component with int8 engines.
         source: checkpoint that this component came from: several calls may build one bundle from several.
         licence: of its weights.
         revision: of its checkpoint.
@@ -205,6 +220,7 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     weights: FileName | None
     prediction_type: PredictionType | None = None
     stream_scales: StreamScalesRecord | None = None
+    int8: Int8Record | None = None
     source: Text = ""
     licence: Text = ""
     revision: Text | None = None

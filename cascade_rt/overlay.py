@@ -7,7 +7,6 @@ LoRA files its own engines run again.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,10 +17,7 @@ from .files import name_of, said_by
 from .lora import Lora
 from .manifest import EngineRecord
 from .stages import ENGINES
-from .tensor_file import TensorFile, put
-
-DIVIDED = "divided"
-"""Key of a weights file's metadata: JSON, tensor name -> the power of two that it is stored divided by."""
+from .stored import StoredWeights
 
 
 def write_overlay(bundle: Bundle, engines: Iterable[EngineRecord], loras: Sequence[Lora], folder: Path) -> set[str]:
@@ -68,17 +64,15 @@ def write_overlay(bundle: Bundle, engines: Iterable[EngineRecord], loras: Sequen
 
 def _write_weights(source: Path, target: Path, model: str, loras: Sequence[Lora]) -> None:
     """A copy of a weights file with LoRA files applied."""
-    held = TensorFile(source)
-    divided = json.loads(held.metadata.get(DIVIDED, "{}"))
+    held = StoredWeights(source)
     updates = [(lora, lora.updates(model, held.shapes)) for lora in loras]
     shutil.copyfile(source, target)
     for name in dict.fromkeys(name for _, found in updates for name in found):
-        factor = float(divided.get(name, 1.0))
-        values = held.read(name) * factor
+        values = held.read(name)
         for lora, found in updates:
             for update in found.get(name, ()):
                 values = lora.applied(update, values)
-        put(target, held.places[name], values / factor)
+        held.put(target, name, values)
 
 
 def label_of(loras: Iterable[Lora]) -> str:

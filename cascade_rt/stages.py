@@ -27,6 +27,10 @@ ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 StageName = str
 """The word for a stage on the command line: `stage_names`."""
 
+Linear = Literal["plain", "int8"]
+"""How products of linear layers are computed. ``plain``: in the compute dtype. ``int8``: weights are int8, symmetric,
+with a scale for each output channel; inputs are quantised to 8 bits by their range in each call."""
+
 Size = Literal["tiny", "small", "big"]
 """The official sizes."""
 
@@ -43,14 +47,16 @@ class Precision(Struct, frozen=True, kw_only=True):
     Attributes:
         name: the word for it on the command line.
         compute: dtype of the wide activations and of context tensors.
-        weights: dtype in which weights are stored.
+        weights: dtype in which weights are stored that ``linear`` does not store otherwise.
         opset: of the ONNX graphs.
+        linear: how products of linear layers are computed.
     """
 
     name: Annotated[str, Meta(pattern="^[a-z0-9]{1,20}$")]
     compute: DType
     weights: DType
     opset: Annotated[int, Meta(ge=1, le=99)]
+    linear: Linear = "plain"
 
 
 PRECISIONS: dict[str, Precision] = {
@@ -62,6 +68,7 @@ PRECISIONS: dict[str, Precision] = {
         Precision(name="bf16", compute="bfloat16", weights="bfloat16", opset=22),
         # half the file; widened when it is loaded, so that memory and time are those of fp32
         Precision(name="w16", compute="float32", weights="float16", opset=20),
+        Precision(name="int8", compute="float32", weights="float32", opset=20, linear="int8"),
     )
 }
 

@@ -136,6 +136,17 @@ class TensorFile:
         self.check_dtype(name)
         return self._values(name, _FLOATS)
 
+    def read_int8(self, name: str) -> NDArray[np.int8]:
+        """A tensor of 8-bit integers, of the shape in which it lies there.
+
+        Raises:
+            CheckpointError: it holds others, or cannot be read.
+        """
+        place = self.places[name]
+        if place.dtype != "I8":
+            raise CheckpointError(f"{name_of(self.path)} has {shown(name)} in {place.dtype}; it is said to be I8")
+        return np.frombuffer(self._bytes(place), dtype=np.int8).reshape(place.shape)
+
     def read_number(self, name: str) -> float:
         """A tensor of one number, which may be an integer.
 
@@ -151,13 +162,15 @@ class TensorFile:
 
     def _values(self, name: str, dtypes: Mapping[str, Any]) -> Array:
         place = self.places[name]
+        return widened(np.frombuffer(self._bytes(place), dtype=dtypes[place.dtype]), place.dtype).reshape(place.shape)
+
+    def _bytes(self, place: Place) -> bytes:
         try:
             with self.path.open("rb") as file:
                 file.seek(place.start)
-                data = file.read(place.stop - place.start)
+                return file.read(place.stop - place.start)
         except OSError as error:
             raise CheckpointError(f"{name_of(self.path)} cannot be read: {said_by(error)}") from None
-        return widened(np.frombuffer(data, dtype=dtypes[place.dtype]), place.dtype).reshape(place.shape)
 
 
 def widened(values: NDArray[Any], dtype: str) -> Array:
@@ -191,5 +204,10 @@ def put(path: Path, place: Place, values: Array) -> None:
         stored = narrowed(values, place.dtype)
     if place.dtype == "F16" and not np.isfinite(stored).all():
         raise CheckpointError(f"a changed weight is beyond fp16, in which {name_of(path)} holds it")
+    put_bytes(path, place, np.ascontiguousarray(stored).tobytes())
+
+
+def put_bytes(path: Path, place: Place, stored: bytes) -> None:
+    """Write a tensor, as it is stored, over the one that lies at a place of a file."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-        content[place.start : place.stop] = np.ascontiguousarray(stored).tobytes()
+        content[place.start : place.stop] = stored

@@ -24,6 +24,7 @@ SLOW_FILES = (
     "docs/test_package.py",
     "docs/test_try_page.py",
     "export/test_export.py",
+    "export/test_int8.py",
     "export/test_lora.py",
     "export/test_optimum.py",
     "export/test_precision.py",

@@ -92,7 +92,8 @@ def make_parser() -> CommandParser:
         "--precision",
         type=names(tuple(PRECISIONS)),
         default=["fp32"],
-        help=f"of everyone: {', '.join(PRECISIONS)} (default: fp32)",
+        help=f"of everyone: {', '.join(PRECISIONS)}; int8, which PyTorch does not have, is compared with its bf16 or "
+        "fp32 where that is named too (default: fp32)",
     )
     add("--batch", type=numbers(1, 32), help="rows of the network's batch (default: 2 for Stage C, else 1)")
     add("--pixels", type=numbers(64, 4096), help="side of the picture (default: 256 for tiny, else 1024)")
@@ -199,7 +200,8 @@ def make_jobs(arguments: argparse.Namespace, engines: Sequence[str], bundles: Ma
             for batch in arguments.batch or [2 if what.startswith("stage_c") or what == HOST else 1]:
                 for side in pixels:
                     for precision, bundle in bundles.items():
-                        rivals = [] if what in CONTEXTS or what == HOST else peers
+                        alone = what in CONTEXTS or what == HOST or PRECISIONS[precision].linear != "plain"
+                        rivals = [] if alone else peers
                         racers = [(peer, device) for device in devices for peer in rivals]
                         racers += [(OURS, provider) for provider in arguments.provider]
                         jobs += [

@@ -28,6 +28,7 @@ from cascade_bench.prepare import bundle_folder
 from cascade_bench.processes import environment
 from cascade_bench.roofline import Roof, Work
 from cascade_rt.bundle import find_bundle
+from cascade_rt.stages import PRECISIONS
 
 _SETTLE = 0.3  # seconds between turns: threads of the last racer spin on for a while
 _WARM_CALLS = 2
@@ -41,10 +42,11 @@ class Row:
     """One line of the result; None is "not measured". Times in seconds, memory in MiB.
 
     ``ratio_to_eager`` is eager's median over this one's, both in the same precision on the same device: above 1 is
-    faster. ``rel_error`` is relative L2 from eager fp32 on the same inputs and the fp32 weights. ``roofline_share`` is
-    the best possible time over the median. ``peak_mib`` is the process's largest resident size, ``own_mib`` what it
-    holds after its last call without pages of files, which the system can take back. ``host_share`` is the part of a
-    loop that is not spent in engines.
+    faster. PyTorch has no int8: such rows are compared with eager bf16 where that races too, else with eager fp32.
+    ``rel_error`` is relative L2 from eager fp32 on the same inputs and the fp32 weights. ``roofline_share`` is the best
+    possible time over the median. ``peak_mib`` is the process's largest resident size, ``own_mib`` what it holds after
+    its last call without pages of files, which the system can take back. ``host_share`` is the part of a loop that is
+    not spent in engines.
     """
 
     what: str
@@ -364,11 +366,9 @@ def _compare(
     for job, row in rows.items():
         rivals = [
             other.median_s
+            for precision in rivals_of(job.precision)
             for rival, other in rows.items()
-            if rival.peer == "eager"
-            and rival.precision == job.precision
-            and other.median_s
-            and rival.device == job.device
+            if rival.peer == "eager" and rival.precision == precision and other.median_s and rival.device == job.device
         ]
         ratio = rivals[0] / row.median_s if rivals and row.median_s else None
         error = None
@@ -379,6 +379,11 @@ def _compare(
             error = relative_error(answers[job], reference)
         rows[job] = replace(row, ratio_to_eager=ratio, rel_error=error, skipped=skipped)
     return rows
+
+
+def rivals_of(precision: str) -> tuple[str, ...]:
+    """Precisions in which eager PyTorch is a row's rival, the first of them that races."""
+    return (precision,) if PRECISIONS[precision].linear == "plain" else ("bf16", "fp32")
 
 
 def _reference(job: Job, feeds_file: Path, folder: Path, limit: float) -> NDArray[np.float32] | None:

@@ -47,9 +47,9 @@ class Work:
         """The least time it can take; None if the machine was not measured in this precision."""
         if precision not in roof.flops:
             return None
-        return max(
-            self.flops / roof.flops[precision], self.parameters * ITEM_SIZE[PRECISIONS[precision].weights] / roof.bytes
-        )
+        row = PRECISIONS[precision]
+        size = 1 if row.linear == "int8" else ITEM_SIZE[row.weights]
+        return max(self.flops / roof.flops[precision], self.parameters * size / roof.bytes)
 
 
 def measure(device: str, threads: int, precisions: list[str]) -> Roof:
@@ -71,8 +71,14 @@ def measure(device: str, threads: int, precisions: list[str]) -> Roof:
     side = _SIDE[device]
     flops = {}
     for precision in precisions:
-        a = torch.randn(side, side, device=device).to(getattr(torch, PRECISIONS[precision].compute))
-        flops[precision] = 2 * side**3 / best(partial(torch.mm, a, a, out=torch.empty_like(a)))
+        a = torch.randn(side, side, device=device)
+        if PRECISIONS[precision].linear == "int8":  # as if all products were in 8 bits
+            narrow = (a * 32).to(torch.int8)
+            work: Callable[[], object] = partial(torch._int_mm, narrow, narrow)
+        else:
+            a = a.to(getattr(torch, PRECISIONS[precision].compute))
+            work = partial(torch.mm, a, a, out=torch.empty_like(a))
+        flops[precision] = 2 * side**3 / best(work)
     source = torch.ones(_COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Roof(flops, 2 * len(source) / best(lambda: target.copy_(source)))

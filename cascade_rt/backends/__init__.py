@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import EngineError, RequestError, refused, shown
 from ..manifest import EngineRecord, Runtime
-from ..stages import DType
+from ..stages import DType, Precision
 from .base import BoundEngine, DeviceTensor, Engine, EngineOptions, StaleEngineError, Value
 from .providers import PROVIDERS, Provider, install_command
 
@@ -30,6 +30,7 @@ __all__ = [
     "engine_runtime",
     "open_engine",
     "resolve_provider",
+    "runs",
 ]
 
 # read when ONNX Runtime is imported; a switch of its own comes too late for what it does and prints by then
@@ -53,12 +54,21 @@ def computes(provider: str) -> tuple[DType, ...]:
     return PROVIDERS[provider].computes
 
 
-def resolve_provider(provider: str) -> str:
+def runs(provider: str, precision: Precision) -> bool:
+    """Whether a provider runs engines of a precision on this machine."""
+    return PROVIDERS[provider].takes(precision) and precision.compute in computes(provider)
+
+
+def resolve_provider(provider: str, suits: Callable[[str], bool] = lambda name: True) -> str:
     """Turn ``auto`` into the best provider at hand, and refuse what is not there.
 
-    ``auto`` is CUDA where ONNX Runtime and the machine have it, else the CPU provider; OpenVINO where it is asked for
-    or alone. TensorRT is always asked for by name: `ort-tensorrt` builds for minutes before the first picture, and
-    engine files of TensorRT are chosen when they are exported.
+    ``auto`` is the first of these that is at hand and suits: CUDA, the CPU provider, OpenVINO; where none suits, the
+    first at hand. TensorRT is always asked for by name: `ort-tensorrt` builds for minutes before the first picture,
+    and engine files of TensorRT are chosen when they are exported.
+
+    Args:
+        provider: ``auto``, or a name of `PROVIDERS`.
+        suits: of ``auto``: whether a provider that is at hand runs what will be asked of it.
 
     Raises:
         RequestError: an unknown name.
@@ -81,8 +91,13 @@ def resolve_provider(provider: str) -> str:
             )
         return provider
     wanted = ("cuda", "cpu", "openvino") if provider == "auto" else (provider,)
-    if (found := next(filter(_runs_graphs, wanted), None)) is not None:
-        return found
+    first = None
+    for name in filter(_runs_graphs, wanted):
+        if provider != "auto" or suits(name):
+            return name
+        first = first or name
+    if first is not None:
+        return first
     at_hand = [name for name, row in PROVIDERS.items() if row.runtime == "onnx" and _runs_graphs(name)]
     if not at_hand:
         command = install_command("cpu" if provider == "auto" else provider)
@@ -163,6 +178,9 @@ def open_engine(record: EngineRecord, path: Path, provider: str, options: Engine
     runtime = engine_runtime(provider)
     if record.runtime != runtime:
         raise EngineError(f"{record.key} is for {record.runtime}; provider {provider} runs {runtime} engines")
+    if record.precision.linear not in PROVIDERS[provider].linear:
+        others = " or ".join(name for name, row in PROVIDERS.items() if row.takes(record.precision))
+        raise EngineError(f"{record.key}: provider {provider} has no {record.precision.name} products; use {others}")
     if runtime != "onnx":
         from .tensorrt import TensorRTEngine
 

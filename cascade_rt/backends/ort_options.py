@@ -24,6 +24,8 @@ _NOTHING_ON_THE_CPU = {"session.disable_cpu_ep_fallback": "1"}
 # A picture goes through six sessions in turn: spinning on, each takes its core from the next, from NumPy between the
 # steps, and from a session that is being opened. A version that does not know the duration ignores it
 _SHORT_SPINNING = {"session.force_spinning_stop": "1", "session.intra_op.spin_duration_us": "200"}
+# processors without VNNI add pairs of int8 products in 16 bits, which overflow: weights are made unsigned there
+_EXACT_INT8 = {"session.x64quantprecision": "1"}
 # makes `InferenceSession.get_provider_graph_assignment_info` answer
 _SAY_WHO_TOOK_WHAT = {"session.record_ep_graph_assignment_info": "1"}
 CONFIGURATION = (
@@ -64,7 +66,7 @@ class OrtProvider:
 TABLE: dict[str, OrtProvider] = {
     "cpu": OrtProvider(
         ep="CPUExecutionProvider",
-        session=_SHORT_SPINNING,
+        session=_SHORT_SPINNING | _EXACT_INT8,
         # a plan takes half of the time in which a session opens, and more memory than it saves: what is free goes back
         # to the arena anyway, and the pattern of the first call is given a block of its own beside it
         plans_memory=False,

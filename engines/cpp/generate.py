@@ -26,7 +26,7 @@ import cascade_rt
 from cascade_rt import __version__, entry, pictures, request, sampling, tensor_file
 from cascade_rt.backends import MAX_THREADS
 from cascade_rt.backends.ort_options import CONFIGURATION, TABLE
-from cascade_rt.backends.providers import PROVIDERS
+from cascade_rt.backends.providers import OPENVINO_INT8_GROUP, PROVIDERS
 from cascade_rt.bundle import MAX_MANIFEST_BYTES
 from cascade_rt.image import MAX_PICTURE_BYTES, REQUEST_KEY
 from cascade_rt.manifest import FORMAT_VERSION, MANIFEST, PRESETS, Manifest, json_schema
@@ -132,6 +132,7 @@ def header() -> str:
         f"inline constexpr char kManifest[] = {quoted(MANIFEST)};",
         f"inline constexpr char kRequestKey[] = {quoted(REQUEST_KEY)};",
         *(f"inline constexpr std::int64_t {name} = {value};" for name, value in constants.items()),
+        f"inline constexpr char kOpenVinoInt8Group[] = {quoted(OPENVINO_INT8_GROUP)};",
         f"inline constexpr double kMaxTensorValue = {constant('MAX_TENSOR_VALUE')!r};",
         f"inline constexpr double kInitStrength = {constant('INIT_STRENGTH')!r};",
         f"inline constexpr double kAlphaRange[] = {{{', '.join(map(repr, sampling.ALPHA_RANGE))}}};",
@@ -173,12 +174,13 @@ def header() -> str:
         "};",
         "",
         "struct ProviderRow { const char* name; const char* extra; const char* runtime; const char* device;",
-        "                     const char* computes[4]; };",
+        "                     const char* computes[4]; const char* linear[4]; };",
         "inline constexpr ProviderRow kProviders[] = {",
     ]
     for name, row in PROVIDERS.items():
-        computes = ", ".join(map(quoted, row.computes))
-        lines.append(f"    {{{', '.join(map(quoted, (name, row.extra, row.runtime, row.device)))}, {{{computes}}}}},")
+        computes, linear = (", ".join(map(quoted, words)) for words in (row.computes, row.linear))
+        first = ", ".join(map(quoted, (name, row.extra, row.runtime, row.device)))
+        lines.append(f"    {{{first}, {{{computes}}}, {{{linear}}}}},")
     lines += ["};", "", "// ONNX Runtime's settings, by provider", texts("kConfiguration", CONFIGURATION)]
     for name, told in TABLE.items():
         ident = "".join(part.capitalize() for part in name.split("-"))

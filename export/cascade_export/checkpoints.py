@@ -6,15 +6,11 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-from msgspec import Meta
 
 from cascade_rt.bundle import Bundle, default_bundle_path
 from cascade_rt.errors import CheckpointError, MissingCheckpointError, RequestError, plain, shown
 from cascade_rt.files import name_of, said_by
 from cascade_rt.manifest import MANIFEST
-from cascade_rt.schema import parse_json, validated
 from cascade_rt.stages import Size
 
 from . import presets
@@ -25,8 +21,7 @@ from .networks import Checkpoint, CheckpointFacts, Network, TokenizerSource, che
 from .official import DECODER_REPO, OFFICIAL_LICENCE, OFFICIAL_REPOS, PRIOR_REPO
 from .originals import split_single_file
 from .tokenizer import MOST_BYTES, byte_tokenizer, check_tokenizer
-from .weights import DividedSource, SafetensorsSource, TensorSource
-from .weights_file import DIVIDED
+from .weights import StoredSource
 
 RANDOM = "random"
 HUB_SECONDS = 10
@@ -130,9 +125,6 @@ class RandomCheckpoint:
         )
 
 
-Divided = dict[str, Annotated[float, Meta(gt=0, le=2.0**60)]]
-
-
 class BundleCheckpoint:
     """A bundle is a checkpoint too: its weights keep their keys, and its manifest holds the configs."""
 
@@ -181,7 +173,7 @@ class BundleCheckpoint:
         check_config(name, model.config, name_of(self.path / MANIFEST))
         return Network(
             config=dict(model.config),
-            weights=_undivided(self._bundle.file(model.weights)),
+            weights=StoredSource(self._bundle.file(model.weights)),
             prediction_type=model.prediction_type or "epsilon",
             loras=model.loras,
         )
@@ -202,16 +194,6 @@ class BundleCheckpoint:
         config = TextEncoderConfig.from_dict(manifest.models["text_encoder"].config, name_of(self.path / MANIFEST))
         check_tokenizer(source, config, name_of(path))
         return source
-
-
-def _undivided(path: Path) -> TensorSource:
-    """The tensors of a bundle's weights file, as they were before some were divided for fp16."""
-    source = SafetensorsSource([path])
-    text = source.metadata().get(DIVIDED)
-    if text is None:
-        return source
-    where = f"{name_of(path)}, metadata {DIVIDED}"
-    return DividedSource(source, validated(parse_json(text, where, CheckpointError), Divided, where, CheckpointError))
 
 
 class FileCheckpoint:

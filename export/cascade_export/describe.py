@@ -102,14 +102,15 @@ def _model(part: Made, before: ModelRecord | None, kept: Iterable[EngineRecord],
     """A component's record: where several precisions lie side by side, its weights file is the first one's."""
     graphs = [r for r in kept if ENGINES[r.name].model == part.job.model and r.runtime == "onnx"]
     stays = before is not None and before.weights is not None and any(before.weights in r.weights for r in graphs)
-    halves = [record for record in graphs if record.precision.compute == "float16"]
+    halves = any(record.precision.compute == "float16" for record in graphs)
+    narrow = any(record.precision.linear == "int8" for record in graphs)
     weights = part.model.weights if keeps_graphs else None
-    scales = part.model.stream_scales
-    if before is not None and halves and scales is None:
-        scales = before.stream_scales
-    return replace(
-        part.model, weights=before.weights if before is not None and stays else weights, stream_scales=scales
-    )
+    scales, int8 = part.model.stream_scales, part.model.int8
+    if before is not None:  # of graphs that stay in another precision
+        scales = before.stream_scales if halves and scales is None else scales
+        int8 = before.int8 if narrow and int8 is None else int8
+    file = before.weights if before is not None and stays else weights
+    return replace(part.model, weights=file, stream_scales=scales, int8=int8)
 
 
 def chosen(own: Mapping[K, V] | None, old: Mapping[K, V] | None, default: Mapping[K, V]) -> Mapping[K, V]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from msgspec.structs import replace as with_fields
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,8 +36,10 @@ from cascade_rt.sampling import make_schedule
 from cascade_rt.sizes import grids_of
 from cascade_rt.stages import PRECISIONS
 
+from .catalog import COMPONENTS
 from .describe import Made, cascade_facts, describe, with_engine_files, without_stale_engine_files
 from .engine_files import Built, Graph, build_engine_files, fitted
+from .int8 import Scan, products_of, scan_products, to_int8
 from .interrupts import uninterrupted
 from .job import ExportRequest, Report
 from .loading import load_fp32
@@ -44,13 +47,13 @@ from .models import Denoiser
 from .names import engine_file_name
 from .networks import Checkpoint, TokenizerSource
 from .plan_export import ExportPlan, Job, model_record, plan_export
-from .precision import Fit, Prompts, conditions_of, encode_prompts, fit
+from .precision import Fit, Prompts, conditions_of, encode_prompts, fit, run_loop
 from .staging import Staging, link, locked, place_of, read_existing, say_on_stderr
 from .targets import BuildTarget, check_precision
 from .trace import TORCH_DTYPE, save, trace
 from .twin import write_fp32_twin
 from .verify import verify_engines, verify_loop
-from .weights import SafetensorsSource
+from .weights import StoredSource
 from .weights_file import write_weights
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -126,7 +129,7 @@ def _needs_module(job: Job, request: ExportRequest) -> bool:
 
 def _is_fitted(job: Job) -> bool:
     """Whether a scan decides how the component fits its precision."""
-    return job.is_denoiser and job.precision.compute == "float16"
+    return (job.is_denoiser and job.precision.compute == "float16") or job.precision.linear == "int8"
 
 
 def _made(
@@ -144,12 +147,12 @@ def _made(
         return _own(job, plan, place)
     started = time.perf_counter()
     reference = load_reference(job, prompts) if _needs_module(job, request) else None
-    fit16 = _fit16(job, reference)
+    fit16, scanned = _fit16(job, reference), _scanned(job, reference)
     folder = bundle_folder
     if not request.keeps_graphs:
         folder = bundle_folder / "graphs"
         folder.mkdir(exist_ok=True)
-    made = make(job, plan, folder, place, fit16, request.quiet)
+    made = make(job, plan, folder, place, fit16, scanned, request.quiet)
     if job.tokenizer is not None:
         tokenizer, file = write_tokenizer(job.tokenizer, bundle_folder)
         made = replace(made, tokenizer=tokenizer, files={**made.files, tokenizer.file: file})
@@ -158,6 +161,9 @@ def _made(
     if fit16 is not None:
         line += f", stream divided by {list(fit16.scales.down)} down and {list(fit16.scales.up)} up"
         line += f", {len(fit16.divided)} weights stored divided" if fit16.divided else ""
+    if (int8 := made.model.int8) is not None:
+        line += f", {int8.layers} layers in 8 bits (up to {int8.largest_error:.1e} from exact)"
+        line += f", {len(int8.wide)} kept in fp32" if int8.wide else ""
     if request.verify:
         assert reference is not None
         checked = time.perf_counter()
@@ -176,10 +182,27 @@ def _made(
 
 def _fit16(job: Job, reference: Reference | None) -> Fit | None:
     """How a denoiser fits fp16; None for everything else."""
-    if reference is None or not _is_fitted(job):
+    if reference is None or job.precision.compute != "float16" or not isinstance(reference.module, Denoiser):
         return None
-    assert isinstance(reference.module, Denoiser)
     return fit(reference.module, reference.conditions, job.network.prediction_type)
+
+
+def _scanned(job: Job, reference: Reference | None) -> Scan | None:
+    """What 8 bits would make of a component's linear layers; None where it is exported in another precision."""
+    if reference is None or job.precision.linear != "int8":
+        return None
+    module = reference.module
+
+    def run() -> None:
+        if isinstance(module, Denoiser):
+            run_loop(module, reference.conditions, job.network.prediction_type)
+            return
+        rng = np.random.default_rng(0)
+        for spec in job.specs:
+            feeds = COMPONENTS[job.model].samples(spec, job.config, rng)
+            COMPONENTS[job.model].calls[spec.name](module, {n: torch.from_numpy(x) for n, x in feeds.items()})
+
+    return scan_products(module, run)
 
 
 # -- make
@@ -205,7 +228,9 @@ def load_reference(job: Job, prompts: Prompts | None) -> Reference:
     return Reference(module=module, conditions=conditions)
 
 
-def make(job: Job, plan: ExportPlan, folder: Path, place: Path, fit16: Fit | None, quiet: bool) -> Made:
+def make(
+    job: Job, plan: ExportPlan, folder: Path, place: Path, fit16: Fit | None, scanned: Scan | None, quiet: bool
+) -> Made:
     """Trace a component's engines and write graphs and weights.
 
     Args:
@@ -214,6 +239,7 @@ def make(job: Job, plan: ExportPlan, folder: Path, place: Path, fit16: Fit | Non
         folder: to write to.
         place: of the bundle that is added to.
         fit16: how a denoiser fits fp16.
+        scanned: of an int8 component: what decides which layers are computed in 8 bits.
         quiet: no progress bar.
 
     Raises:
@@ -226,14 +252,19 @@ def make(job: Job, plan: ExportPlan, folder: Path, place: Path, fit16: Fit | Non
             prepare = fit16.apply if fit16 else lambda module: None
             graphs[spec.name] = uninterrupted(partial(trace, spec, job.config, job.precision, prepare))
             bar.update(1)
+    products = products_of(graphs, job.specs) if scanned else set()
+    int8 = scanned.record(products) if scanned else None
+    quantised = products - int8.wide.keys() if int8 else set()
+    graphs = {name: to_int8(graph, quantised) for name, graph in graphs.items()}
     names = {weight for graph in graphs.values() for weight in graph.weights}
-    for there in (SafetensorsSource([place / file]).shapes.keys() for file in job.beside):
-        if names <= there <= job.source.shapes.keys():  # the file can then come out as the one that is there
-            names = set(there)
-    size = sum(int(np.prod(job.source.shapes[name])) for name in names) * dtype.itemsize
+    for there in (StoredSource(place / file) for file in job.beside):
+        # the file can then come out as the one that is there
+        if names <= there.shapes.keys() <= job.source.shapes.keys() and quantised == names & there.quantised.keys():
+            names, quantised = set(there.shapes), set(there.quantised)
+    size = sum(int(np.prod(job.source.shapes[n])) * (1 if n in quantised else dtype.itemsize) for n in names)
     with _bar(size, f"write {job.weights}", quiet, unit="B", unit_scale=True) as bar:
         divided = fit16.divided if fit16 else {}
-        written = write_weights(folder / job.weights, names, job.source, dtype, divided, bar.update)
+        written = write_weights(folder / job.weights, names, job.source, dtype, divided, bar.update, quantised)
     weights = job.weights
     for file in job.beside:
         if plan.old is not None and plan.old.files[file] == written.record:  # the same weights are not stored twice
@@ -254,6 +285,7 @@ def make(job: Job, plan: ExportPlan, folder: Path, place: Path, fit16: Fit | Non
         model_record(plan.facts, job.network, job.config, weights),
         prediction_type=job.prediction_type,
         stream_scales=fit16.record if fit16 else None,
+        int8=int8,
     )
     return Made(job=job, folder=folder, records=tuple(records), model=model, files=files)
 

@@ -131,20 +131,8 @@ def scan(
     Raises:
         ExportError: fp32 itself overflows, so the weights are damaged.
     """
-    side = max(16, 4 * module.config.granularity)
-    noise = PictureNoise("torch-cpu", (seed,), SCAN_BATCH)
-    latents = noise.normal((SCAN_BATCH, module.config.in_channels, side, side))
-    schedule = make_schedule("original", SCAN_STEPS, prediction_type, shift=2.0)
-    predict = predict_by_module(module, schedule, conditions)
-    loop = Denoising(schedule=schedule, latents=latents, noise=noise, name="fp32 PyTorch")
     with _recorded(module) as seen:
-        while not loop.done:
-            prediction = predict(*loop.inputs())
-            if not np.isfinite(prediction).all():
-                raise ExportError("the weights overflow in fp32 already; the checkpoint is damaged")
-            latents = loop.advance(prediction).latents
-            # with weights that were never trained a loop runs away; what a network sees has about unit size
-            loop.replace_latents(latents / max(1.0, float(np.abs(latents).max()) / 8))
+        run_loop(module, conditions, prediction_type, seed)
     levels = range(module.config.levels)
     found = Activations(
         down=tuple(seen[f"down {i}"] for i in levels),
@@ -154,6 +142,25 @@ def scan(
     if not math.isfinite(max(*found.down, *found.up, found.inner)):
         raise ExportError("the weights overflow in fp32 already; the checkpoint is damaged")
     return found
+
+
+def run_loop(
+    module: Denoiser, conditions: Mapping[str, Tensor], prediction_type: PredictionType, seed: int = 0
+) -> None:
+    """Have a denoiser see what it sees in a loop, from noise to a picture; arguments and errors are those of `scan`."""
+    side = max(16, 4 * module.config.granularity)
+    noise = PictureNoise("torch-cpu", (seed,), SCAN_BATCH)
+    latents = noise.normal((SCAN_BATCH, module.config.in_channels, side, side))
+    schedule = make_schedule("original", SCAN_STEPS, prediction_type, shift=2.0)
+    predict = predict_by_module(module, schedule, conditions)
+    loop = Denoising(schedule=schedule, latents=latents, noise=noise, name="fp32 PyTorch")
+    while not loop.done:
+        prediction = predict(*loop.inputs())
+        if not np.isfinite(prediction).all():
+            raise ExportError("the weights overflow in fp32 already; the checkpoint is damaged")
+        latents = loop.advance(prediction).latents
+        # with weights that were never trained a loop runs away; what a network sees has about unit size
+        loop.replace_latents(latents / max(1.0, float(np.abs(latents).max()) / 8))
 
 
 def choose_scales(activations: Activations) -> StreamScales:

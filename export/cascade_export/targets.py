@@ -96,8 +96,13 @@ def check_precision(target: BuildTarget, precision: Precision) -> None:
     """Refuse what a GPU cannot compute before anything is built.
 
     Raises:
-        RequestError: SM 75 with bf16 or fp32.
+        RequestError: SM 75 with bf16 or fp32, or int8.
     """
+    if precision.linear != "plain":
+        raise RequestError(
+            f"--target {target.runtime} cannot be built in {precision.name}, whose products are ONNX Runtime's and "
+            "OpenVINO's; use --precision fp16, or leave --target out"
+        )
     if 75 not in target.sm or target.runtime != "tensorrt-rtx" or precision.name == "fp16":
         return
     reason = {

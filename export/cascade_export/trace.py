@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cascade_rt.errors import ExportError
 from cascade_rt.stages import Axis, AxisRange, EngineSpec, Precision, axis_of
+from cascade_rt.stored import scales_of
 
 from .catalog import Call, Config, build_model, call_of
 
@@ -44,10 +45,17 @@ _PREFIX = "model."
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph and the weights that it uses, by checkpoint key."""
+    """A graph and the weights that it uses.
+
+    Attributes:
+        model: the graph.
+        weights: keys in the checkpoint.
+        quantised: those of them that are stored in 8 bits.
+    """
 
     model: ir.Model
     weights: tuple[str, ...]
+    quantised: frozenset[str] = frozenset()
 
 
 class _Graph(nn.Module):
@@ -154,19 +162,21 @@ def save(traced: Traced, path: Path, weights: str, places: Mapping[str, tuple[in
         path: ``.onnx`` file to write.
         weights: file name beside ``path``.
         places: byte offset and length of every tensor there.
-        dtype: of the tensors there.
+        dtype: of the tensors there that are not in 8 bits.
     """
     kinds = {
         torch.float32: ir.DataType.FLOAT,
         torch.float16: ir.DataType.FLOAT16,
         torch.bfloat16: ir.DataType.BFLOAT16,
     }
-    for name in traced.weights:
+    dtypes = {name: ir.DataType.INT8 if name in traced.quantised else kinds[dtype] for name in traced.weights}
+    dtypes |= {scales_of(name): ir.DataType.FLOAT for name in traced.quantised}
+    for name, kind in dtypes.items():
         value = traced.model.graph.initializers[name]
         offset, length = places[name]
         assert value.shape is not None
         value.const_value = ir.ExternalTensor(
-            weights, offset, length, kinds[dtype], shape=value.shape, name=name, base_dir=path.parent
+            weights, offset, length, kind, shape=value.shape, name=name, base_dir=path.parent
         )
     ir.save(traced.model, path)
 

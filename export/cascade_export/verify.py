@@ -46,10 +46,12 @@ TOLERANCES: dict[str, Tolerance] = {
     "engine w16": Tolerance(2e-3, "weights rounded to 11 bits of mantissa"),
     "engine fp16": Tolerance(5e-3, "11 bits of mantissa through a hundred blocks"),
     "engine bf16": Tolerance(4e-2, "8 bits of mantissa through a hundred blocks"),
+    "engine int8": Tolerance(1e-1, "8 bits for the weights and inputs of a hundred blocks' products"),
     "loop fp32": Tolerance(1e-4, "the engine's error, fed back through all steps with guidance"),
     "loop w16": Tolerance(5e-3, "rounded weights, fed back through all steps with guidance"),
     "loop fp16": Tolerance(5e-3, "the engine's error, fed back through all steps with guidance; tiny: 1e-3"),
     "loop bf16": Tolerance(6e-2, "the engine's error, fed back through all steps with guidance; tiny: 2e-2"),
+    "loop int8": Tolerance(1.5e-1, "the engine's error, fed back through all steps with guidance; tiny: 2e-2"),
     "step": Tolerance(2e-6, "scalars in float64 here, in float32 in diffusers"),
     "prior loop": Tolerance(1e-4, "the engine's error through 20 steps with guidance"),
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cascade_rt.errors import CheckpointError, plain, shortened
 from cascade_rt.files import MIB, name_of, said_by
+from cascade_rt.stored import divided_in, quantised_in, restored, scales_of
 
 PLAIN_DTYPES = ("F32", "F16", "BF16", "F64")
 SCALED_DTYPES = ("F8_E4M3", "F8_E5M2")
@@ -112,14 +113,19 @@ class SafetensorsSource:
     def read(self, name: str) -> Tensor:
         """One tensor."""
         self.check_dtype(name)
-        tensor = self._stored_tensor(name)
+        tensor = self.stored(name)
         return tensor if name not in self._scales else tensor.float() * self._scale(name, tensor)
 
     def metadata(self) -> dict[str, str]:
         """What the files say of themselves."""
         return {key: value for file in self._files.values() for key, value in (file.metadata() or {}).items()}
 
-    def _stored_tensor(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
+        """One tensor as it lies there, whatever its dtype.
+
+        Raises:
+            CheckpointError: the file cannot be read any more.
+        """
         path = self._where[name]
         try:
             tensor: Tensor = self._files[path].get_tensor(name)
@@ -139,7 +145,7 @@ class SafetensorsSource:
                 f"{name_of(self._where[name])}: {quoted(name_of_scale)} is {self._dtypes[name_of_scale]} of shape "
                 f"{shape}; the scale of {quoted(name)} is one floating number, or one for each of its {rows[0]} rows"
             )
-        scale = self._stored_tensor(name_of_scale).float().reshape(-1)
+        scale = self.stored(name_of_scale).float().reshape(-1)
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise CheckpointError(
                 f"{name_of(self._where[name])}: {quoted(name_of_scale)} holds a number that is not above 0"
@@ -249,24 +255,41 @@ class RenamedSource:
         return tensor.T if origin.transpose else tensor
 
 
-class DividedSource:
-    """A bundle's fp16 tensors, some of which are stored divided by a power of two; read as they were before."""
+class StoredSource:
+    """Tensors of a bundle's weights file, as the checkpoint had them: see `cascade_rt.stored`."""
 
-    def __init__(self, base: TensorSource, divided: Mapping[str, float]) -> None:
-        self._base = base
-        self._divided = divided
+    def __init__(self, path: Path) -> None:
+        """Open the file.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        self._base = SafetensorsSource([path])
+        metadata, where = self._base.metadata(), name_of(path)
+        self._divided, self.quantised = divided_in(metadata, where), quantised_in(metadata, where)
+        scales = {scales_of(name) for name in self.quantised}
+        if missing := (self.quantised.keys() | scales) - self._base.shapes.keys():
+            raise CheckpointError(f"{where} says that it holds {quoted(min(missing))}, and does not; it is damaged")
+        whole = {name: shape for name, shape in self._base.shapes.items() if name not in scales}
+        self._shapes = whole | self.quantised
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Name and shape of every tensor."""
-        return self._base.shapes
+        return self._shapes
 
     def check_dtype(self, name: str) -> None:
         """Refuse a tensor that is no weight by its dtype."""
-        self._base.check_dtype(name)
+        if name not in self.quantised:
+            self._base.check_dtype(name)
 
     def read(self, name: str) -> Tensor:
-        """One tensor; float32 where it was divided."""
+        """One tensor; float32 where it was divided or is in 8 bits."""
+        if name in self.quantised:
+            values, scales = self._base.stored(name), self._base.read(scales_of(name))
+            if values.dtype != torch.int8 or values.shape[1:] != scales.shape:
+                raise CheckpointError(f"{quoted(name)} is not stored in 8 bits with a scale for each row; make it anew")
+            return torch.from_numpy(restored(values.numpy(), scales.numpy(), self.quantised[name]))
         tensor = self._base.read(name)
         return tensor.float() * self._divided[name] if name in self._divided else tensor
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from torch import Tensor
 from cascade_rt.errors import CheckpointError, OutputError
 from cascade_rt.files import name_of
 from cascade_rt.manifest import FileRecord
+from cascade_rt.stored import DIVIDED, QUANTISED, scales_of
+from cascade_rt.stored import quantised as in_8_bits
 
 from .weights import TensorSource
 
-DIVIDED = "divided"
-"""Key of the file's metadata: JSON, tensor name -> the power of two that it is stored divided by."""
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -41,6 +41,16 @@ class Written:
     record: FileRecord
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A tensor of the file: as the checkpoint has it, its values in 8 bits, or the scales of those."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
 def write_weights(
     path: Path,
     names: Iterable[str],
@@ -48,6 +58,7 @@ def write_weights(
     dtype: torch.dtype,
     divided: Mapping[str, float] | None = None,
     progress: Callable[[int], Any] = lambda size: None,
+    quantised: Collection[str] = (),
 ) -> Written:
     """Stream tensors into a safetensors file.
 
@@ -58,54 +69,81 @@ def write_weights(
         path: file to write.
         names: tensors to take.
         source: where they come from.
-        dtype: of the tensors in the file.
+        dtype: of the tensors in the file that are not in 8 bits.
         divided: powers of two that tensors are divided by before they are converted, which loses nothing.
         progress: told of the bytes of each tensor that has been written.
+        quantised: tensors that are stored in 8 bits (`cascade_rt.stored`).
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, also after conversion.
         OutputError: there is not enough room.
     """
-    divided = divided or {}
-    order = sorted(names, key=lambda name: (-math.prod(source.shapes[name]), name))
-    header, places = _header(order, source, dtype, divided)
-    needed = len(header) + sum(length for _, length in places.values())
+    divided, names = divided or {}, list(names)
+    plain = [_plain_row(name, source, dtype) for name in names if name not in quantised]
+    rows = [*plain, *(row for name in names if name in quantised for row in _quantised_rows(name, source))]
+    rows.sort(key=lambda row: (-row.bytes, row.name))
+    said = {DIVIDED: dict(divided), QUANTISED: {name: source.shapes[name] for name in names if name in quantised}}
+    header, places = _header(rows, {key: json.dumps(value, sort_keys=True) for key, value in said.items() if value})
+    needed = len(header) + sum(row.bytes for row in rows)
     if (free := free_bytes(path.parent)) < needed:
         raise OutputError(
             f"{name_of(path.parent)} has {free >> 20} MiB free; {path.name} needs {needed >> 20} MiB: make room there, "
             "or choose another --out"
         )
     digest = hashlib.sha256(header)
+    scales: dict[str, Any] = {}  # smaller than the values that they belong to, so that their turn comes later
     with path.open("wb") as file:
         file.write(header)
-        for name in order:
-            content = memoryview(_bytes_of(name, source.read(name), dtype, divided.get(name, 1.0)))
+        for row in rows:
+            if row.name in quantised:
+                values, found = in_8_bits(_finite(row.name, source.read(row.name)).float().numpy())
+                scales[scales_of(row.name)] = found
+                content = memoryview(values.tobytes())
+            elif row.name in scales:
+                content = memoryview(scales.pop(row.name).tobytes())
+            else:
+                stored = _bytes_of(row.name, source.read(row.name), dtype, divided.get(row.name, 1.0))
+                content = memoryview(stored)
             digest.update(content)
             file.write(content)
             progress(len(content))
     return Written(places, FileRecord(sha256=digest.hexdigest(), bytes=needed))
 
 
-def _header(
-    order: list[str], source: TensorSource, dtype: torch.dtype, divided: Mapping[str, float]
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def _plain_row(name: str, source: TensorSource, dtype: torch.dtype) -> _Row:
+    shape = tuple(source.shapes[name])
+    return _Row(name=name, kind=_NAMES[dtype], shape=shape, bytes=math.prod(shape) * dtype.itemsize)
+
+
+def _quantised_rows(name: str, source: TensorSource) -> tuple[_Row, _Row]:
+    rows, columns = source.shapes[name][:2]
+    values = _Row(name=name, kind="I8", shape=(columns, rows), bytes=rows * columns)
+    return values, _Row(name=scales_of(name), kind="F32", shape=(rows,), bytes=4 * rows)
+
+
+def _header(rows: Iterable[_Row], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The beginning of the file, and where every tensor will be in it."""
-    rows: dict[str, Any] = {"__metadata__": {DIVIDED: json.dumps(divided, sort_keys=True)}} if divided else {}
+    said: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = {}, 0
-    for name in order:
-        start, end = end, end + math.prod(source.shapes[name]) * dtype.itemsize
-        offsets[name] = (start, end - start)
-        rows[name] = {"dtype": _NAMES[dtype], "shape": list(source.shapes[name]), "data_offsets": [start, end]}
-    text = json.dumps(rows, separators=(",", ":")).encode()
+    for row in rows:
+        start, end = end, end + row.bytes
+        offsets[row.name] = (start, row.bytes)
+        said[row.name] = {"dtype": row.kind, "shape": list(row.shape), "data_offsets": [start, end]}
+    text = json.dumps(said, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     base = 8 + len(text)
     places = {name: (base + start, length) for name, (start, length) in offsets.items()}
     return len(text).to_bytes(8, "little") + text, places
 
 
-def _bytes_of(name: str, tensor: Tensor, dtype: torch.dtype, divide: float) -> Any:
+def _finite(name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f"tensor {name} of the checkpoint holds NaN or infinity; it is damaged")
+    return tensor
+
+
+def _bytes_of(name: str, tensor: Tensor, dtype: torch.dtype, divide: float) -> Any:
+    tensor = _finite(name, tensor)
     converted = (tensor if divide == 1 else tensor.double() / divide).to(dtype).contiguous()
     if not torch.isfinite(converted).all():
         raise CheckpointError(f"tensor {name} holds values beyond {dtype}; use --precision bf16 or fp32")

@@ -17,11 +17,11 @@ from cascade_export.exporter import export
 from cascade_export.job import ExportRequest
 from cascade_export.models import Denoiser, DenoiserConfig, StreamScales
 from cascade_export.precision import FP16_MAX, HEADROOM, choose_scales, divisions, fit, scan, seeded_conditions
-from cascade_export.weights_file import DIVIDED
 from cascade_rt import CascadePipeline, CheckpointError, ExportError
 from cascade_rt.bundle import Bundle
 from cascade_rt.entry import main_info
 from cascade_rt.stages import PRECISIONS
+from cascade_rt.stored import DIVIDED
 from reference import ATTN, CONV, SHAPES, randomize, rel_l2
 
 STAGE_C: dict[str, Any] = {

@@ -18,12 +18,12 @@ from msgspec.structs import replace
 import cascade_rt.bundle
 import cascade_rt.loader
 from cascade_rt import CascadePipeline, EngineError, RequestError
-from cascade_rt.backends import EngineOptions, StaleEngineError
+from cascade_rt.backends import PROVIDERS, EngineOptions, StaleEngineError
 from cascade_rt.bundle import Bundle
 from cascade_rt.errors import BundleError
 from cascade_rt.loader import EngineLoader, select
 from cascade_rt.manifest import EngineRecord, Manifest, Target
-from cascade_rt.stages import PRECISIONS
+from cascade_rt.stages import PRECISIONS, Precision
 
 THREE = ("stage_c.context", "stage_c.step", "stage_b.context")
 
@@ -293,8 +293,10 @@ def with_engines(bundle: Bundle, engines: tuple[EngineRecord, ...]) -> Bundle:
 def test_the_first_engine_that_can_run_is_chosen(
     bundle: Bundle, there: list[str], computed: str, chosen: list[str]
 ) -> None:
-    dtypes = [PRECISIONS[name].compute for name in computed.split()]
-    assert words(select(records(bundle, *there), "onnx", dtypes, None)) == chosen
+    def runs(precision: Precision) -> bool:
+        return precision.name in computed.split()
+
+    assert words(select(records(bundle, *there), "onnx", runs, None)) == chosen
 
 
 def test_engine_files_are_for_certain_gpus(bundle: Bundle) -> None:
@@ -302,9 +304,35 @@ def test_engine_files_are_for_certain_gpus(bundle: Bundle) -> None:
     graph = bundle.engine("stage_a.decode")
     older = replace(graph, runtime="tensorrt", target=replace(target, sm=(80,)))
     ours = replace(graph, runtime="tensorrt", target=target)
-    assert select([graph, older, ours], "tensorrt", ["float32"], 89) == [ours]
-    assert select([graph, older, ours], "tensorrt", ["float32"], 120) == []
-    assert select([graph, older, ours], "onnx", ["float32"], None) == [graph]
+
+    def every(precision: Precision) -> bool:
+        return True
+
+    assert select([graph, older, ours], "tensorrt", every, 89) == [ours]
+    assert select([graph, older, ours], "tensorrt", every, 120) == []
+    assert select([graph, older, ours], "onnx", every, None) == [graph]
+
+
+@pytest.mark.parametrize(
+    ("there", "at_hand", "chosen"),
+    [
+        ("stage_a.decode fp32", ["cpu", "openvino"], "cpu"),
+        ("stage_a.decode bf16", ["cpu", "openvino"], "openvino"),
+        ("stage_a.decode bf16, stage_a.decode fp32", ["cpu", "openvino"], "cpu"),
+        ("stage_a.decode bf16, text_encoder fp32", ["cpu", "openvino"], "openvino"),
+        ("stage_a.decode bf16", ["cuda", "cpu", "openvino"], "cuda"),
+        ("stage_a.decode int8", ["cuda", "cpu", "openvino"], "cpu"),
+        # nothing at hand runs it: the first says what it computes, and who else would do
+        ("stage_a.decode bf16", ["cpu"], "cpu"),
+    ],
+)
+def test_auto_is_a_provider_that_runs_the_bundle(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, there: str, at_hand: list[str], chosen: str
+) -> None:
+    monkeypatch.setattr(cascade_rt.backends, "_runs_graphs", at_hand.__contains__)
+    monkeypatch.setattr(cascade_rt.backends, "computes", lambda provider: PROVIDERS[provider].computes)
+    monkeypatch.setattr(cascade_rt.backends.cuda, "gpu_sm", lambda device_id: 89)
+    assert EngineLoader(with_engines(bundle, records(bundle, *there.split(", "))), "auto").provider == chosen
 
 
 def test_the_manifest_is_what_will_run(bundle: Bundle) -> None:

@@ -132,6 +132,18 @@ Outputs Engine::run(const Feeds& feeds, const Context& constants) const {
   return made;
 }
 
+bool Runtime::runs(const Precision& precision) const {
+  const auto dtypes = computes();
+  if (std::find(dtypes.begin(), dtypes.end(), precision.compute) == dtypes.end()) return false;
+  for (const auto& row : tables::kProviders) {
+    if (provider() != row.name) continue;
+    for (const char* linear : row.linear) {
+      if (linear != nullptr && precision.linear == linear) return true;
+    }
+  }
+  return false;
+}
+
 std::unique_ptr<Runtime> open_runtime(const EngineOptions& options) {
   const tables::ProviderRow* row = nullptr;
   for (const auto& one : tables::kProviders) {

@@ -67,6 +67,8 @@ class Runtime {
   virtual std::unique_ptr<Engine> open(const EngineRecord& record, const std::string& path) const = 0;
   virtual const std::string& provider() const = 0;
   virtual std::vector<std::string> computes() const = 0;
+  /// Whether it runs engines of a precision here.
+  bool runs(const Precision& precision) const;
 };
 
 /// The runtime of a provider, "auto" included. Throws RequestError or EngineError.

@@ -100,7 +100,8 @@ EngineRecord record_from(const Json& value) {
   made.name = value.at("name").get<std::string>();
   made.features = value.value("features", std::vector<std::string>{});
   made.precision = {value.at("precision").at("name").get<std::string>(),
-                    value.at("precision").at("compute").get<std::string>()};
+                    value.at("precision").at("compute").get<std::string>(),
+                    value.at("precision").value("linear", std::string("plain"))};
   made.runtime = value.at("runtime").get<std::string>();
   made.file = value.at("file").get<std::string>();
   made.weights = value.at("weights").get<std::vector<std::string>>();

@@ -53,7 +53,7 @@ struct TensorSpec {
 };
 
 struct Precision {
-  std::string name, compute;
+  std::string name, compute, linear;
 };
 
 struct EngineRecord {

@@ -9,6 +9,7 @@
 #include "bundle.hpp"
 #include "engine.hpp"
 #include "sampling.hpp"
+#include "tables.hpp"
 
 namespace cascade_rt::detail {
 
@@ -157,8 +158,13 @@ class OpenVinoRuntime : public Runtime {
 
   std::unique_ptr<Engine> open(const EngineRecord& record, const std::string& path) const override {
     ov::AnyMap told{{"NUM_STREAMS", "1"}, {"PERFORMANCE_HINT", "LATENCY"}};
+    std::string dtype = record.precision.compute;
+    if (record.precision.linear == "int8") {  // its inputs are quantised by groups; the rest is bf16 where there is any
+      told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = std::string(tables::kOpenVinoInt8Group);
+      if (std::find(computes_.begin(), computes_.end(), "bfloat16") != computes_.end()) dtype = "bfloat16";
+    }
     for (const auto& kind : kKinds) {
-      if (record.precision.compute == kind.dtype) told["INFERENCE_PRECISION_HINT"] = std::string(kind.hint);
+      if (dtype == kind.dtype) told["INFERENCE_PRECISION_HINT"] = std::string(kind.hint);
     }
     if (options_.threads) told["INFERENCE_NUM_THREADS"] = std::to_string(*options_.threads);
     for (const auto& item : options_.provider_options) told[item.first] = item.second;

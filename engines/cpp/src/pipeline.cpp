@@ -36,11 +36,10 @@ bool coupled(const std::string& engine) {
 
 /// The engines that will run: for every name and set of features the first that can. Engines of a stage that hand
 /// tensors to each other have one precision: that which gives most of them.
-Records select(const std::vector<EngineRecord>& engines, const std::vector<std::string>& computes) {
+Records select(const std::vector<EngineRecord>& engines, const Runtime& runtime) {
   Records able;
   for (const auto& record : engines) {
-    const bool computed = std::find(computes.begin(), computes.end(), record.precision.compute) != computes.end();
-    if (record.runtime == "onnx" && computed) able.push_back(&record);
+    if (record.runtime == "onnx" && runtime.runs(record.precision)) able.push_back(&record);
   }
   std::map<std::string, std::string> precisions;
   for (const auto* record : able) {
@@ -67,6 +66,15 @@ Records select(const std::vector<EngineRecord>& engines, const std::vector<std::
     if (seen.insert(record->name + " " + joined(record->features)).second) made.push_back(record);
   }
   return made;
+}
+
+/// Whether every engine that there is a graph of is among those that will run.
+bool complete(const std::vector<EngineRecord>& engines, const Records& chosen) {
+  return std::all_of(engines.begin(), engines.end(), [&](const auto& record) {
+    return record.runtime != "onnx" || std::any_of(chosen.begin(), chosen.end(), [&](const auto* other) {
+             return other->name == record.name && other->features == record.features;
+           });
+  });
 }
 
 Tensor repeated(const Tensor& rows, std::int64_t times) {
@@ -314,8 +322,25 @@ struct Pipeline::Impl {
     told.provider_options = options.provider_options;
     told.library = options.onnxruntime_library;
     runtime = open_runtime(told);
+    records = select(manifest().engines, *runtime);
+    if (options.provider == "auto" && !complete(manifest().engines, records)) look_further(told);
     provider = runtime->provider();
-    records = select(manifest().engines, runtime->computes());
+  }
+
+  /// Take another provider if it runs all of the bundle's engines.
+  void look_further(EngineOptions told) {
+    for (const char* other : {"cpu", "openvino"}) {
+      try {
+        told.provider = other;
+        auto found = open_runtime(told);
+        const Records all = select(manifest().engines, *found);
+        if (!complete(manifest().engines, all)) continue;
+        runtime = std::move(found);
+        records = all;
+        return;
+      } catch (const EngineError&) {  // not at hand
+      }
+    }
   }
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
