@@ -428,6 +428,10 @@ void write_weights(const std::string& source, const std::string& target, const s
   if (const auto text = held.metadata().find("divided"); text != held.metadata().end()) {
     divided = parse_json<CheckpointError>(text->second, name_of(source) + ", metadata divided");
   }
+  if (held.metadata().count("quantised") != 0) {
+    throw EngineError(name_of(source) + " holds layers in 8 bits, which the C++ library does not change; fold the LoRA " +
+                      "in when the bundle is made: cascade-export --lora FILE:SCALE, or use the Python package");
+  }
   std::vector<std::pair<const Lora*, LoraUpdates>> updates;
   std::vector<std::string> names;
   for (const Lora* lora : loras) {
