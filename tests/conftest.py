@@ -21,6 +21,7 @@ from cascade_rt.manifest import MANIFEST
 SLOW_FILES = (
     "bench/test_*.py",
     "cpp/test_*.py",
+    "docs/test_commands.py",
     "docs/test_package.py",
     "docs/test_try_page.py",
     "export/test_export.py",
@@ -59,6 +60,7 @@ GROUPS = {
     "parity/test_loops.py": "parity",
     "parity/test_control_pictures.py": "parity",
     "parity/test_weighting.py": "parity",
+    "docs/test_commands.py": "commands",
     "export/test_tensorrt.py": "tensorrt",
     "export/test_export.py": "export",
     "serve/test_batcher.py": "batcher",

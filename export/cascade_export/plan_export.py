@@ -108,9 +108,11 @@ def plan_export(
     same_place = isinstance(checkpoint, BundleCheckpoint) and checkpoint.path.resolve() == place
     kept = old.engines if old else ()
     jobs: list[Job] = []
+    absent: list[StageName] = []
     for stage in request.stages:
-        network = _network(checkpoint, facts, stage, request, report)
+        network = _network(checkpoint, facts, stage, request)
         if network is None:
+            absent.append(stage)
             continue
         tokenizer = _tokenizer(checkpoint, facts, stage, request, report)
         if stage == "text" and tokenizer is None:
@@ -142,6 +144,8 @@ def plan_export(
             tokenizer=tokenizer,
         )
         jobs.append(job)
+    if absent:
+        report(f"not in this checkpoint, left out: {', '.join(absent)}")
     if not jobs:
         raise CheckpointError(f"{facts.source} holds none of the stages that were asked for")
     return ExportPlan(facts=facts, old=old, kept=kept, jobs=tuple(jobs))
@@ -165,14 +169,12 @@ def licence_of(facts: CheckpointFacts) -> str:
 
 
 def _network(
-    checkpoint: Checkpoint, facts: CheckpointFacts, stage: StageName, request: ExportRequest, report: Report
+    checkpoint: Checkpoint, facts: CheckpointFacts, stage: StageName, request: ExportRequest
 ) -> Network | None:
     """The network of a stage; None where it is left out."""
     model = engines_of(stage)[0].model
     network = checkpoint.network(model)
-    if network is None and request.skip_absent:
-        report(f"{stage}: not in this checkpoint, left out")
-    elif network is None:
+    if network is None and not request.skip_absent:
         raise RequestError(f"the checkpoint {facts.source} has no {model}; --stage {stage} needs one that has it")
     return network
 

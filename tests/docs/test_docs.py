@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
 import pytest
-from PIL import Image
 
-ROOT = Path(__file__).parents[2]
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
-
+from scripts import ROOT, load_script
 
 site, commands = load_script("site"), load_script("commands")
 
@@ -57,20 +42,6 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path, monkeypatch: pytest.
     assert [(row[0], row[1].name, row[2]) for row in site.links_of(Path("page.md"))] == [
         ("nowhere.md#x", "nowhere.md", "x")
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", commands.PAGES)
-def test_every_command_works_as_printed(page: str, tmp_path: Path) -> None:
-    found = list(commands.blocks_of(page, (ROOT / page).read_text(encoding="utf-8")))
-    assert found, f"{page} has no commands, and need not be in this list"
-    for block in found:
-        if block.reason is None:
-            commands.run(block, tmp_path)
-    if page == "README.md":  # its pictures are what its commands make, but for the last bits of another processor
-        for shown in (ROOT / "docs" / "pictures").glob("*.png"):
-            pixels = [np.asarray(Image.open(file)).astype(float) for file in (shown, tmp_path / shown.name)]
-            assert np.abs(pixels[0] - pixels[1]).mean() < 4, f"{shown} is another picture: python docs/pictures.py"
 
 
 def test_no_block_is_left_out_unseen() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import importlib.util
 import io
 import os
 import shutil
@@ -12,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,13 +18,13 @@ import pytest
 from PIL import Image
 
 from cascade_rt import CascadePipeline
+from scripts import ROOT, load_script
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")
 from selenium import webdriver  # noqa: E402 - after the check that it is there
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
@@ -35,15 +33,6 @@ pytestmark = [
     ),
 ]
 SECONDS = 90
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Quiet(SimpleHTTPRequestHandler):
