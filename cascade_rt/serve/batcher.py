@@ -586,6 +586,8 @@ class Batcher:
             planned, given = self.plan(order)
             with runner.engines.together(*planned.engine_keys):
                 for engine in planned.engine_keys:
+                    if self._stopping:
+                        return
                     with runner.engines.engine(*engine):
                         pass
             heard: list[Event] = []
