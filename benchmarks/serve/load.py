@@ -3,10 +3,11 @@
     python benchmarks/serve/load.py --seconds 20 --rounds 2 --json benchmarks/results/serve_tiny_cpu.json
 
 Every server runs the shipped bundle. Capacity: as many clients as `CLOSED_CLIENTS` ask again and again. Then clients
-arrive at random times (Poisson), whether or not earlier ones were answered, at 0.5, 0.8 and 1.2 of cascade-serve's
-capacity; the plain diffusers server gets these shares of its own. Servers take turns, so that what else the machine
-does meets all of them; ``cpu_s_per_picture``, the processor time of the server alone, is the steadier figure on a
-machine that does other things. Three in four requests want 20 steps of Stage C, the others 10 or 30.
+arrive at random times (Poisson), whether or not earlier ones were answered, at 0.5, 0.8 and 1.2 of the capacity that
+cascade-serve had in the same round; the plain diffusers server gets these shares of its own. Servers take turns, and a
+round has all loads, so that what else the machine does meets all of them; ``cpu_s_per_picture``, the processor time of
+the server alone, is the steadier figure on a machine that does other things. Three in four requests want 20 steps of
+Stage C, the others 10 or 30. The profile is what a row of an engine call takes, by the number of rows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -188,30 +190,52 @@ def server(command: Sequence[str]) -> Iterator[Server]:
 
 async def measure(servers: dict[str, Server], seconds: float, rounds: int) -> list[dict[str, Any]]:
     """Rows of all servers, which take turns."""
-    rows, capacity = [], {}
-    windows = {name: Window() for name in servers}
+    whole = {name: Window() for name in servers}
+    loaded = {(name, share): Window() for share in SHARES for name in servers}
+    rates: dict[tuple[str, float], list[float]] = {key: [] for key in loaded}
     for turn in range(rounds):
+        capacity: dict[str, float] = {}
         for name, one in servers.items():
-            windows[name].add(await watched(one, closed(one.url, seconds, random.Random(turn))))
-            tell(f"capacity, {name}: {windows[name].row()}")
-    for name, window in windows.items():
-        capacity[name] = len(window.waits) / window.seconds
-        rows.append({"what": "capacity", "server": name, "share": None, "rate_per_s": None, **window.row()})
-    for share in SHARES:
-        windows = {name: Window() for name in servers}
-        for turn in range(rounds):
+            window = await watched(one, closed(one.url, seconds, random.Random(turn)))
+            capacity[name] = len(window.waits) / window.seconds
+            whole[name].add(window)
+            tell(f"capacity, {name}: {window.row()}")
+        for share in SHARES:
             for name, one in servers.items():
                 rate = share * capacity[name if name == EAGER else FIRST]
-                arrivals = poisson(one.url, rate, seconds, random.Random(100 + turn))
-                windows[name].add(await watched(one, arrivals))
-                tell(f"{share} of capacity, {name}: {windows[name].row()}")
+                window = await watched(one, poisson(one.url, rate, seconds, random.Random(100 + turn)))
+                loaded[name, share].add(window)
+                rates[name, share].append(round(rate, 3))
+                tell(f"{share} of capacity, {name}: {window.row()}")
                 await settle(one.url)
-        for name, window in windows.items():
-            rate = share * capacity[name if name == EAGER else FIRST]
-            rows.append(
-                {"what": "poisson", "server": name, "share": share, "rate_per_s": round(rate, 3), **window.row()}
-            )
+    rows = [
+        {"what": "capacity", "server": name, "share": None, "rates_per_s": None, **window.row()}
+        for name, window in whole.items()
+    ]
+    for (name, share), window in loaded.items():
+        given = rates[name, share]
+        rows.append({"what": "poisson", "server": name, "share": share, "rates_per_s": given, **window.row()})
     return rows
+
+
+async def profile(one: Server) -> dict[str, dict[str, float]]:
+    """By engine: calls, rows of a call, and milliseconds of a call and of a row, since the server began."""
+    async with client() as http:
+        text = (await http.get(f"{one.url}/metrics")).text
+    found: dict[str, dict[str, float]] = {}
+    for what in ("seconds", "rows"):
+        for kind in ("sum", "count"):
+            for engine, value in re.findall(rf'cascade_call_{what}_{kind}{{engine="([^"]+)"}} (\S+)', text):
+                found.setdefault(engine, {})[f"{what}_{kind}"] = float(value)
+    return {
+        engine: {
+            "calls": sums["rows_count"],
+            "rows_a_call": round(sums["rows_sum"] / sums["rows_count"], 2),
+            "ms_a_call": round(1e3 * sums["seconds_sum"] / sums["seconds_count"], 2),
+            "ms_a_row": round(1e3 * sums["seconds_sum"] / sums["rows_sum"], 2),
+        }
+        for engine, sums in sorted(found.items())
+    }
 
 
 async def watched(one: Server, window: Coroutine[Any, Any, Window]) -> Window:
@@ -274,11 +298,18 @@ def main() -> None:
     with ExitStack() as stack:
         servers = {name: stack.enter_context(server(SERVERS[name])) for name in args.servers}
         rows = asyncio.run(measure(servers, args.seconds, args.rounds))
-    found = {"machine": {**facts, "load_after": os.getloadavg()[0]}, "seconds": args.seconds, "rows": rows}
+        profiles = {name: asyncio.run(profile(one)) for name, one in servers.items() if name.startswith(FIRST)}
+    found = {
+        "machine": {**facts, "load_after": os.getloadavg()[0]},
+        "seconds": args.seconds,
+        "rounds": args.rounds,
+        "rows": rows,
+        "profile": profiles,
+    }
     for row in rows:
         print(json.dumps(row))
     if args.json:
-        args.json.write_text(json.dumps({**found, "rounds": args.rounds}, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot)
 

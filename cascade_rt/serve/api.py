@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -20,7 +21,7 @@ from ..errors import BundleError, CascadeError, RequestError, refused, shown
 from ..image import encode_picture
 from ..manifest import Manifest
 from ..noise import MAX_SEED
-from ..request import ImagePrompt, LoopSettings, Request
+from ..request import MAX_LORAS, ImagePrompt, LoopSettings, LoraFile, Request
 from ..sampling import MAX_STEPS
 from ..schema import parse_json, validated
 from ..seeds import new_seeds
@@ -70,6 +71,13 @@ class PicturePrompt(Struct, kw_only=True):
     weight: float = 1.0
 
 
+class LoraUse(Struct, kw_only=True):
+    """A LoRA file of the service, by its name, and the factor of everything that it adds."""
+
+    name: Annotated[str, Meta(max_length=200)]
+    scale: float = 1.0
+
+
 class Body(Struct, kw_only=True):
     """The body of a request for pictures. What is absent or null is as the bundle says; unknown fields are ignored."""
 
@@ -98,7 +106,11 @@ class Body(Struct, kw_only=True):
     init_image: _B64 | None = None
     mask_image: _B64 | None = None
     strength: float | None = None
-    loras: Any = None
+    control_image: _B64 | None = None
+    control_scale: float | None = None
+    control_kind: Annotated[str, Meta(max_length=40)] | None = None
+    control_filtered: bool | None = None
+    loras: Annotated[list[LoraUse | Annotated[str, Meta(max_length=200)]], Meta(max_length=MAX_LORAS)] | None = None
     frame_count: int | None = None
     frame_duration_ms: int | None = None
     svg: Any = None
@@ -106,9 +118,14 @@ class Body(Struct, kw_only=True):
 
 TEXT_FIELDS = {
     *("prompt", "model", "size", "quality", "background", "output_format", "response_format", "safety_identifier"),
-    *("user", "negative_prompt", "sampler", "init_image", "mask_image"),
+    *("user", "negative_prompt", "sampler", "init_image", "mask_image", "control_image", "control_kind"),
 }
 """Fields of `Body` that are text; a form's other values are numbers and booleans, written as JSON writes them."""
+
+
+TEXT_KEYS = {"name", "image"}
+"""Keys of objects in `Body` whose values are text."""
+_NESTED = re.compile(r"([a-z_]{1,40})\[\]\[([a-z_]{1,40})\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +171,9 @@ def read_form(parts: Mapping[str, list[str]]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, values in parts.items():
+        if match := _NESTED.fullmatch(name):
+            _put_nested(found, match[1], match[2], values)
+            continue
         if name.endswith("[]"):
             found[name[:-2]] = values
             continue
@@ -161,6 +181,21 @@ def read_form(parts: Mapping[str, list[str]]) -> dict[str, Any]:
             raise RequestError(f"{shown(name)} is there {len(values)} times; give it once", field=name)
         found[name] = values[0] if name in TEXT_FIELDS else _scalar(values[0])
     return found
+
+
+def _put_nested(found: dict[str, Any], name: str, key: str, values: list[str]) -> None:
+    """Parts ``NAME[][KEY]``, one for every object of a list, as OpenAI's client writes them.
+
+    Raises:
+        RequestError: they do not say which object is meant.
+    """
+    objects = found.setdefault(name, [{} for _ in values])
+    if not isinstance(objects, list) or len(objects) != len(values) or not all(isinstance(o, dict) for o in objects):
+        raise RequestError(
+            f"{shown(name)} is a list of objects with the same keys; give {shown(key)} for each", field=name
+        )
+    for one, value in zip(objects, values, strict=True):
+        one[key] = value if key in TEXT_KEYS else _scalar(value)
 
 
 def _scalar(text: str) -> Any:
@@ -173,6 +208,7 @@ def _scalar(text: str) -> Any:
 def call_of(
     fields: Mapping[str, Any],
     manifests: Mapping[str, Manifest],
+    loras: Mapping[str, str],
     kind: Literal["image_generation", "image_edit"],
     request_id: str,
     seconds: float,
@@ -182,6 +218,7 @@ def call_of(
     Args:
         fields: from `read_json` or `read_form`.
         manifests: of every model; the first is the default.
+        loras: path of every LoRA file that may be asked for, by its name.
         kind: which route it is.
         request_id: of the HTTP request.
         seconds: how long a client waits at most.
@@ -204,7 +241,8 @@ def call_of(
     first = new_seeds(1)[0] if body.seed is None else check_integer("seed", body.seed, 0, MAX_SEED)
     output_format = _word("output_format", body.output_format, "png", tuple(ENDINGS))
     quality = _word("quality", body.quality, "auto", tuple(QUALITY_STEPS))
-    if body.prompt is None and not body.image_prompts and body.init_image is None:
+    pictures = body.image_prompts or body.init_image is not None or body.control_image is not None
+    if body.prompt is None and not pictures:
         raise RequestError("there is no prompt; say what to draw", field="prompt")
     width, height = _size(body.size)
     manifest = manifests[model]
@@ -228,6 +266,11 @@ def call_of(
         init_image=_picture("image", body.init_image),
         mask_image=_picture("mask", body.mask_image),
         strength=body.strength,
+        control_image=_picture("control_image", body.control_image),
+        control_scale=given_or(body.control_scale, 1.0),
+        control_kind=body.control_kind,  # type: ignore[arg-type]  # the request checks it
+        control_filtered=bool(body.control_filtered),
+        loras=tuple(_lora(one, loras) for one in body.loras or ()),
     )
     previews = check_integer("partial_images", given_or(body.partial_images, 0), 0, MAX_PREVIEWS)
     order = Order(
@@ -255,12 +298,6 @@ def _check_unsupported(body: Body) -> None:
         raise refused("background", body.background, "auto or opaque; pictures have no transparency")
     if body.response_format not in (None, "b64_json"):
         raise refused("response_format", body.response_format, "b64_json; pictures are not kept under an address")
-    if body.loras is not None:
-        raise RequestError(
-            "loras is not accepted: a LoRA is folded in when a bundle is exported (cascade-export --lora); "
-            "name that bundle as the model",
-            field="loras",
-        )
     for name in ("frame_count", "frame_duration_ms", "svg"):
         if getattr(body, name) is not None:
             raise refused(name, getattr(body, name), "absent; this service makes still pixel pictures")
@@ -315,13 +352,24 @@ def _image_prompt(one: PicturePrompt | str) -> ImagePrompt:
     return ImagePrompt(image=_picture("image_prompts", text) or "", weight=weight)
 
 
+def _lora(one: LoraUse | str, known: Mapping[str, str]) -> LoraFile:
+    """A LoRA file by its name: a request from outside never names a file of this machine."""
+    name, scale = (one, 1.0) if isinstance(one, str) else (one.name, one.scale)
+    if name not in known:
+        accepted = ", ".join(known) if known else "none; the service was started without --lora NAME=FILE"
+        raise refused("loras", name, f"of this service's LoRA files: {accepted}")
+    return LoraFile(file=known[name], scale=scale)
+
+
 def encoded(call: Call, event: Preview | Finished) -> str:
     """A picture in the call's format, as base64. A finished one carries the request that makes it again."""
     request = call.order.request
     own = None
-    if isinstance(event, Finished) and request.init_image is None and not request.images:
+    brought = request.init_image is not None or request.control_image is not None or bool(request.images)
+    if isinstance(event, Finished) and not brought:  # it would be as large as its pictures
         seed = (request.seeds or ())[event.picture]
-        own = replace(request, num_images_per_prompt=1, seeds=(seed,)).to_json()
+        loras = tuple(replace(one, file=PurePath(one.file).name) for one in request.loras)  # not where they lie here
+        own = replace(request, num_images_per_prompt=1, seeds=(seed,), loras=loras).to_json()
     data = encode_picture(
         Image.fromarray(event.pixels),
         ENDINGS[call.output_format],

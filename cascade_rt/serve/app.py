@@ -13,7 +13,7 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..errors import CascadeError, RequestError, shown
+from ..stages import CONTROLS
 from . import api
 from .metrics import CONTENT_TYPE, Metrics
 from .orders import BusyError, CancelledOrderError, Finished, Order, Preview, UnavailableError
@@ -35,6 +36,8 @@ from .pool import Job, Pool
 
 LOG = logging.getLogger("cascade_rt.serve")
 KEEP_ALIVE_SECONDS = 10.0
+PICTURES = ("image_prompts", "init_image", "mask_image", "control_image")
+"""Fields that hold pictures."""
 KEPT_ANSWERS = 32
 KEPT_SECONDS = 600.0
 _ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
@@ -62,6 +65,7 @@ class Settings:
         body_bytes: of a body, at most.
         bodies_bytes: of all bodies that are being received, at most.
         body_seconds: that a body may take to arrive.
+        loras: path of every LoRA file that a request may name, by its name.
         finish_abandoned: draw on for clients that left, and keep the answer for `KEPT_SECONDS`.
         log_prompts: whether logs may hold prompts.
     """
@@ -71,6 +75,7 @@ class Settings:
     body_bytes: int = 32 << 20
     bodies_bytes: int = 512 << 20
     body_seconds: float = 30.0
+    loras: Mapping[str, str] = field(default_factory=dict)
     finish_abandoned: bool = False
     log_prompts: bool = False
 
@@ -253,17 +258,19 @@ async def _form_fields(request: Request) -> dict[str, Any]:
             field="image",
         )
     fields["init_image"] = api.base64_of(pictures[0])
-    masks = files.pop("mask", [])
-    if len(masks) > 1:
-        raise RequestError(f"there are {len(masks)} masks; give one", field="mask")
-    if masks:
-        fields["mask_image"] = api.base64_of(masks[0])
+    for part, name in (("mask", "mask_image"), ("control_image", "control_image")):
+        found = files.pop(part, [])
+        if len(found) > 1:
+            raise RequestError(f"there are {len(found)} pictures as the part {part!r}; give one", field=part)
+        if found:
+            fields[name] = api.base64_of(found[0])
     if prompts := files.pop("image_prompts", []):
         fields["image_prompts"] = [api.base64_of(data) for data in prompts]
     if files:
         name = next(iter(files))
         raise RequestError(
-            f"the file {shown(name)} is not accepted; files are image, mask and image_prompts", field=name
+            f"the file {shown(name)} is not accepted; files are image, mask, image_prompts and control_image",
+            field=name,
         )
     return fields
 
@@ -272,15 +279,18 @@ async def _draw(
     request: Request, state: State, fields: dict[str, Any], kind: Literal["image_generation", "image_edit"]
 ) -> Response:
     """Plan, take on, and answer with pictures or with a stream of them."""
+    settings = state.settings
     call = await _off_loop_if_large(
-        state, fields, lambda: api.call_of(fields, state.pool.manifests, kind, request.state.id, state.settings.timeout)
+        state,
+        fields,
+        lambda: api.call_of(fields, state.pool.manifests, settings.loras, kind, request.state.id, settings.timeout),
     )
     if not state.ready:
         raise UnavailableError("the service is starting or stopping; try again later", 2.0)
     job = await state.pool.submit(call.order)
     state.forget_old()
     one = state.running[call.order.id] = Running(job=job, pictures=call.order.pictures)
-    request.state.facts.update(_told(call.order, state.settings.log_prompts))
+    request.state.facts.update(_told(call.order, settings.log_prompts))
     if call.stream:
         return EventStream(_stream(state, call, one), job)
     work = asyncio.create_task(_collect(state, call, one))
@@ -289,7 +299,7 @@ async def _draw(
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return _json(work.result())
-        if state.settings.finish_abandoned:
+        if settings.finish_abandoned:
             state.tasks.add(work)
             work.add_done_callback(lambda task: _keep(state, one, task))
         else:
@@ -323,7 +333,7 @@ class EventStream(StreamingResponse):
 
 async def _off_loop_if_large(state: State, fields: dict[str, Any], make: Callable[[], api.Call]) -> api.Call:
     """Bodies with pictures are read on a thread: base64 of megabytes takes a while."""
-    if any(fields.get(name) is not None for name in ("image_prompts", "init_image", "mask_image")):
+    if any(fields.get(name) is not None for name in PICTURES):
         return await asyncio.get_running_loop().run_in_executor(state.encoders, make)
     return make()
 
@@ -433,6 +443,8 @@ def _add_models(app: FastAPI, state: State) -> None:
                     "guidance_scale": preset.prior.guidance_scale,
                     "takes_image_prompts": bool(manifest.records("image_encoder")),
                     "takes_edits": bool(manifest.records("effnet_encoder")),
+                    "controls": [kind for kind in CONTROLS if manifest.records(f"controlnet.{kind}")],
+                    "loras": list(state.settings.loras),
                 }
             )
         return _json({"object": "list", "data": data})

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends import PROVIDERS
 from ..backends.base import Engine
 from ..conditions import Embeddings, Text, embed_texts
 from ..errors import CascadeError, EngineError, RequestError
@@ -37,7 +38,7 @@ from ..noise import PictureNoise
 from ..plan import LoopPlan, Plan
 from ..request import LoopSettings, Request, Tensors
 from ..runner import Runner
-from ..stages import ITEM_SIZE, EngineSpec
+from ..stages import CONTROLS, ITEM_SIZE, EngineSpec
 from .orders import (
     BusyError,
     CancelledOrderError,
@@ -50,12 +51,24 @@ from .orders import (
     UnknownModelError,
     single,
 )
+from .variants import Variants
 from .watch import Watch
 
 Array = NDArray[np.float32]
 Tell = Callable[[Event], None]
 """Told of an order's events, on the engine thread; it returns at once."""
 LOG = logging.getLogger("cascade_rt.serve")
+CPU_DECODE_PIXELS = 512 * 512
+"""Of the pictures that Stage A decodes in one call on a CPU, at most, where they are several."""
+EngineName = tuple[str, tuple[str, ...]]
+"""An engine's name, and the features that it is made with."""
+ENCODERS: tuple[EngineName, ...] = tuple(
+    (name, ())
+    for name in (
+        *("text_encoder", "image_encoder", "effnet_encoder", "stage_a.encode"),
+        *(f"controlnet.{kind}" for kind in CONTROLS),
+    )
+)
 RETRY_SECONDS = (1.0, 60.0)
 """Least and most that a client is asked to wait; above 120 s OpenAI's client does not try again."""
 
@@ -69,16 +82,26 @@ class Limits:
         pictures: that wait or are drawn, at most; further ones are refused.
         context_bytes: of the context tensors of the pictures that are drawn together.
         pixels: of a picture, and of all pictures of one call of Stage B or A, whose working memory grows with them.
+        variants: of models with LoRA files that have their engines open; see `variants`.
     """
 
     rows: int = 16
     pictures: int = 64
     context_bytes: int = 4 << 30
     pixels: int = 4 << 20
+    variants: int = 2
 
     def rows_of(self, size: tuple[int, int]) -> int:
         """Rows of a call of Stage B or A for pictures of (height, width); at least one."""
         return max(1, min(self.rows, self.pixels // (size[0] * size[1])))
+
+    def decoded_together(self, size: tuple[int, int], on_cpu: bool) -> int:
+        """Pictures of (height, width) of one call of Stage A; at least one.
+
+        On CPUs several take as long as one after the other, and hold the memory of all: 26 MiB for 256 x 256 pixels.
+        """
+        most = min(self.pixels, CPU_DECODE_PIXELS) if on_cpu else self.pixels
+        return max(1, min(self.rows, most // (size[0] * size[1])))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -87,11 +110,13 @@ class Asked:
 
     Attributes:
         order: what is asked for.
+        runner: whose engines draw it.
         given: the pictures that the request brings along, opened.
         texts: what the encoders made of the request; None until they have.
     """
 
     order: Order
+    runner: Runner
     given: Tensors
     texts: Embeddings | None = None
 
@@ -119,6 +144,7 @@ class Picture:
     def __post_init__(self) -> None:
         self.cancelled = False
         self.over = False
+        self.has_begun = False
         self.previewed = -1
         self.noise = PictureNoise(self.planned.request.noise, self.planned.seeds, 1)
         self._since = time.monotonic()
@@ -127,6 +153,11 @@ class Picture:
     def order(self) -> Order:
         """The order that it belongs to."""
         return self.asked.order
+
+    @property
+    def runner(self) -> Runner:
+        """Whose engines draw it."""
+        return self.asked.runner
 
     @property
     def gone(self) -> bool:
@@ -165,19 +196,19 @@ def as_bytes(pixels: Array) -> NDArray[np.uint8]:
 class Group:
     """Tasks that share engine calls."""
 
-    def __init__(self, name: str, runner: Runner, watch: Watch, limits: Limits) -> None:
+    def __init__(self, name: str, runner: Runner, watch: Watch, engines: Sequence[EngineName]) -> None:
         """Begin without tasks.
 
         Args:
             name: of the stage, for `Watch`.
             runner: whose engines run.
             watch: told of every call.
-            limits: of a call.
+            engines: names of those that its calls use.
         """
         self.name = name
         self.runner = runner
         self.watch = watch
-        self.limits = limits
+        self.engines = engines
         self.used = 0.0
         """Engine time that it used, for each task that it served; see the module's docstring."""
 
@@ -199,6 +230,13 @@ class Group:
     def pictures(self) -> list[Picture]:
         """Whose tasks these are."""
         raise NotImplementedError
+
+    def failed(self, pictures: Sequence[Picture], error: Exception) -> None:
+        """Tell the pictures of a call that it failed. What failed in an engine has it opened anew for the next call."""
+        _fail_all(pictures, error)
+        if isinstance(error, EngineError) or not isinstance(error, CascadeError):
+            for name, features in self.engines:
+                self.runner.engines.discard(name, features)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -224,17 +262,21 @@ class OnceGroup(Group):
         name: str,
         runner: Runner,
         watch: Watch,
-        limits: Limits,
+        engines: Sequence[EngineName],
         call: Callable[[Sequence[Once]], Sequence[Any]],
         most: int,
     ) -> None:
         """Begin without tasks.
 
         Args:
+            name: of the stage, for `Watch`.
+            runner: whose engines run.
+            watch: told of every call.
+            engines: names of those that ``call`` uses.
             call: tasks -> what came out, in their order.
             most: tasks of a call.
         """
-        super().__init__(name, runner, watch, limits)
+        super().__init__(name, runner, watch, engines)
         self._call, self._most = call, most
         self._waiting: deque[Once] = deque()
 
@@ -261,7 +303,7 @@ class OnceGroup(Group):
             with self.watch.call(self.name, len(tasks)):
                 results = self._call(tasks)
         except Exception as error:
-            _fail_all((task.picture for task in tasks), error)
+            self.failed([task.picture for task in tasks], error)
             return len(tasks)
         for task, result in zip(tasks, results, strict=True):
             _guarded(task.picture, task.then, result)
@@ -304,7 +346,6 @@ class LoopGroup(Group):
         name: str,
         runner: Runner,
         watch: Watch,
-        limits: Limits,
         engine: str,
         features: tuple[str, ...],
         room: Callable[[int], bool],
@@ -314,14 +355,17 @@ class LoopGroup(Group):
         """Begin without tasks.
 
         Args:
+            name: of the stage, for `Watch`.
+            runner: whose engines run.
+            watch: told of every call.
             engine: name of the step engine.
             features: that it is made with.
             most: rows of a call.
             room: whether that many bytes of further context tensors may be held.
             alone: whether every call is for one task alone.
         """
-        super().__init__(name, runner, watch, limits)
-        self._engine, self._features = engine, features
+        self._engine, self._context, self._features = engine, engine.replace("step", "context"), features
+        super().__init__(name, runner, watch, ((self._engine, features), (self._context, features)))
         self._spec = runner.engines.record(engine, features).spec
         self._room, self._alone = room, alone
         self._most = min(most, self._spec.ranges["batch"].max)
@@ -367,10 +411,10 @@ class LoopGroup(Group):
                 return
             self._waiting.popleft()
             try:
-                with self.watch.call(self._engine.replace("step", "context"), task.plan.context_rows):
+                with self.watch.call(self._context, task.plan.context_rows):
                     denoising, context = task.begin()
             except Exception as error:
-                _fail_all([task.picture], error)
+                self.failed([task.picture], error)
                 continue
             self._members.append(Member(task, denoising, context))
             self._batch = None
@@ -389,9 +433,8 @@ class LoopGroup(Group):
                 with self.watch.call(self._engine, sum(member.denoising.rows for member in self._members)):
                     steps = self._batch.step()
         except Exception as error:
-            _fail_all((member.task.picture for member in self._members), error)
+            self.failed([member.task.picture for member in self._members], error)
             self._keep([])
-            self.runner.engines.discard(self._engine, self._features)
             return served
         for member, step in zip(self._members, steps, strict=True):
             _guarded(member.task.picture, member.task.after, step)
@@ -421,8 +464,13 @@ def _guarded(picture: Picture, then: Callable[[Any], None], value: Any) -> None:
 
 def _fail_all(pictures: Iterable[Picture], error: Exception) -> None:
     """Tell pictures that they come to nothing."""
-    if not isinstance(error, CascadeError):
-        LOG.error("an engine call failed", exc_info=error)
+    pictures = list(pictures)
+    if isinstance(error, EngineError) or not isinstance(error, CascadeError):
+        ids = list(dict.fromkeys(picture.order.id for picture in pictures))
+        unexpected = None if isinstance(error, CascadeError) else error
+        LOG.error(
+            "an engine call failed", exc_info=unexpected, extra={"facts": {"request_ids": ids, "why": str(error)}}
+        )
     for picture in pictures:
         if isinstance(error, CascadeError):
             picture.fail(error)
@@ -441,7 +489,8 @@ class Batcher:
             limits: what is taken.
             watch: told of every call and picture.
         """
-        self._runners = dict(runners)
+        self._models = dict(runners)
+        self._variants = Variants(self._models, limits.variants)
         self._limits = limits
         self._watch = watch
         self._changed = threading.Condition()
@@ -490,7 +539,7 @@ class Batcher:
             RequestError: the bundle does not take the request.
             BundleError: it lacks an engine.
         """
-        runner = self._runners.get(order.model)
+        runner = self._models.get(order.model)
         if runner is None:
             raise UnknownModelError(f"there is no model {order.model}", field="model", value=order.model)
         first = replace(order.request, num_images_per_prompt=1, seeds=(order.request.seeds or (0,))[:1])
@@ -510,14 +559,23 @@ class Batcher:
         """Take an order on, or refuse it at once; from any thread.
 
         Raises:
-            RequestError: the bundle does not take it.
+            RequestError: the bundle does not take it, or its LoRA files do not fit.
             BundleError: the bundle lacks an engine.
             BusyError: there is no room.
             UnavailableError: the service stops.
         """
         planned, given = self.plan(order)
-        asked = Asked(order=order, given=given)
         deadline = time.monotonic() + order.seconds
+        runner = self._variants.hold(order.model, order.request.loras, order.pictures)
+        try:
+            return self._take(Asked(order=order, runner=runner, given=given), planned, tell, deadline)
+        except BaseException:
+            self._variants.release(runner, order.pictures)
+            raise
+
+    def _take(self, asked: Asked, planned: Plan, tell: Tell, deadline: float) -> list[Picture]:
+        """Take on what was planned, if there is room."""
+        order = asked.order
         with self._changed:
             if self._stopping:
                 raise UnavailableError("the service stops", self.retry_after(order.pictures))
@@ -535,8 +593,8 @@ class Batcher:
                 self._last_end = time.monotonic()
             self._arrived.extend(made)
             self._pictures.update(made)
+            self._watch.taken(len(made))
             self._changed.notify()
-        self._watch.load(self.load)
         return made
 
     def cancel(self, pictures: Iterable[Picture]) -> None:
@@ -573,15 +631,16 @@ class Batcher:
         finally:
             self._stopping = True
             self._warm.set()
-            for picture in list(self._pictures):
+            with self._changed:
+                pictures = list(self._pictures)
+            for picture in pictures:
                 picture.fail(UnavailableError("the service stops", 1.0))
-            for runner in self._runners.values():
-                runner.engines.close()
+            self._variants.close()
 
     def _warm_up(self) -> None:
         """Make a picture of one step with every bundle: everything is loaded, and what is broken is known."""
         one = LoopSettings(num_inference_steps=1)
-        for name, runner in self._runners.items():
+        for name, runner in self._models.items():
             order = Order(id="", model=name, request=Request(prompt="", seeds=(0,), prior=one, decoder=one))
             planned, given = self.plan(order)
             with runner.engines.together(*planned.engine_keys):
@@ -592,12 +651,13 @@ class Batcher:
                         pass
             heard: list[Event] = []
             picture = Picture(
-                asked=Asked(order=order, given=given),
+                asked=Asked(order=order, runner=runner, given=given),
                 index=0,
                 planned=planned,
                 tell=heard.append,
                 deadline=float("inf"),
             )
+            picture.has_begun = True  # it never waited: nobody is told of it
             self._begin(picture)
             while not picture.over and not self._stopping:
                 self._turn()
@@ -623,7 +683,9 @@ class Batcher:
     def _let_go(self) -> None:
         """Free the rows of pictures that nobody waits for, and forget those that are over."""
         now = time.monotonic()
-        gone = [picture for picture in self._pictures if picture.gone]
+        with self._changed:  # others come meanwhile
+            pictures = list(self._pictures)
+        gone = [picture for picture in pictures if picture.gone]
         for group in self._groups.values() if gone else ():
             group.leave_gone()
         for picture in gone:
@@ -638,14 +700,14 @@ class Batcher:
                 picture.fail(
                     UnavailableError(f"the picture was not ready within {waited} s", self.retry_after(self.load))
                 )
-            self._watch.ended(picture.order.model, outcome)
+            self._variants.release(picture.runner, 1)
+            self._watch.ended(picture.order.model, outcome, picture.has_begun, picture.seconds)
             if outcome == "finished":
                 self._picture_seconds += 0.2 * (min(now - self._last_end, 60.0) - self._picture_seconds)
                 self._last_end = now
         if gone:
             with self._changed:
                 self._pictures.difference_update(gone)
-            self._watch.load(self.load)
 
     def _turn(self) -> None:
         """Give the next turn to the group that used the least engine time for each task that it served."""
@@ -672,7 +734,7 @@ class Batcher:
 
     def _begin(self, picture: Picture) -> None:
         """Encode the texts of a picture, with those of others, and the pictures that it brings along."""
-        runner = self._runners[picture.order.model]
+        runner = picture.runner
         picture.note("queue")
 
         def encode(tasks: Sequence[Once]) -> list[Embeddings]:
@@ -685,16 +747,23 @@ class Batcher:
 
         alone = picture.order.deterministic
         most = 1 if alone else max(1, runner.engines.record("text_encoder").spec.ranges["batch"].max // 2)
-        make = self._maker(OnceGroup, "text_encoder", runner, call=encode, most=most)
-        self._group((picture.order.model, "text", alone), make).add(Once(picture=picture, value=None, then=then))
+        make = self._maker(OnceGroup, "text_encoder", runner, engines=ENCODERS, call=encode, most=most)
+        self._group((runner, "text", alone), make).add(Once(picture=picture, value=None, then=then))
 
     def _maker(self, kind: type[Group], name: str, runner: Runner, **rest: Any) -> Callable[[], Group]:
-        return lambda: kind(name, runner, self._watch, self._limits, **rest)
+        return lambda: kind(name, runner, self._watch, **rest)
+
+    def _leave_queue(self, picture: Picture) -> None:
+        """Note that a loop of a picture begins: until now it waited for room."""
+        picture.note("queue")
+        if not picture.has_begun:
+            picture.has_begun = True
+            self._watch.begun()
 
     def _loop_group(self, picture: Picture, plan: LoopPlan, *sizes: int) -> LoopGroup:
         """The loops that can share calls: of one size, also of their conditions."""
-        runner, alone = self._runners[picture.order.model], picture.order.deterministic
-        key = (picture.order.model, plan.stage, plan.features, *plan.latents[1:], *sizes, alone)
+        runner, alone = picture.runner, picture.order.deterministic
+        key = (runner, plan.stage, plan.features, *plan.latents[1:], *sizes, alone)
         engine = f"{plan.stage}.step"
         limits = self._limits
         most = limits.rows_of(picture.planned.sizes.picture) if plan.stage == "stage_b" else limits.rows
@@ -705,12 +774,16 @@ class Batcher:
 
     def _prior(self, picture: Picture, texts: Embeddings) -> None:
         """Stage C's loop."""
-        runner, planned, given = self._runners[picture.order.model], picture.planned, picture.asked.given
+        runner, planned, given = picture.runner, picture.planned, picture.asked.given
         plan, due = planned.prior, _previews_due(picture)
         if plan is None:
             assert texts.init is not None  # a plan without Stage C decodes what was encoded
             self._decoder(picture, texts, texts.init)
             return
+
+        def begin() -> tuple[Denoising, Context]:
+            self._leave_queue(picture)
+            return runner.begin_prior(planned, given, texts, picture.noise)
 
         def after(step: Step) -> None:
             if step.index in due:
@@ -723,7 +796,7 @@ class Batcher:
         task = Loop(
             picture=picture,
             plan=plan,
-            begin=lambda: runner.begin_prior(planned, given, texts, picture.noise),
+            begin=begin,
             after=after,
             then=then,
         )
@@ -733,10 +806,14 @@ class Batcher:
 
     def _decoder(self, picture: Picture, texts: Embeddings, embeddings: Array) -> None:
         """Stage B's loop."""
-        runner, planned, given = self._runners[picture.order.model], picture.planned, picture.asked.given
+        runner, planned, given = picture.runner, picture.planned, picture.asked.given
         plan, due = planned.decoder, _previews_due(picture)
         assert plan is not None  # of a whole picture
         before = 0 if planned.prior is None else len(planned.prior.schedule)
+
+        def begin() -> tuple[Denoising, Context]:
+            self._leave_queue(picture)
+            return runner.begin_decoder(planned, given, embeddings, texts, picture.noise)
 
         def after(step: Step) -> None:
             if before + step.index in due:
@@ -754,7 +831,7 @@ class Batcher:
         task = Loop(
             picture=picture,
             plan=plan,
-            begin=lambda: runner.begin_decoder(planned, given, embeddings, texts, picture.noise),
+            begin=begin,
             after=after,
             then=then,
         )
@@ -762,7 +839,7 @@ class Batcher:
 
     def _sketch(self, picture: Picture, texts: Embeddings, x0: Array, index: int) -> None:
         """A preview of Stage C's clean latents: one step of Stage B and Stage A make a rough picture of them."""
-        runner, planned, given = self._runners[picture.order.model], picture.planned, picture.asked.given
+        runner, planned, given = picture.runner, picture.planned, picture.asked.given
         one = LoopSettings(num_inference_steps=1, guidance_scale=1.0)
         rough = runner.plan(replace(planned.request, decoder=one), given, "picture")
         assert rough.decoder is not None  # of a whole picture
@@ -778,20 +855,18 @@ class Batcher:
 
     def _pixels(self, picture: Picture, latents: Array, then: Callable[[Array], None]) -> None:
         """Stage A: ``[1, 4, H/4, W/4]`` float32 -> ``[H, W, 3]`` float32 in 0..1."""
-        runner, planned = self._runners[picture.order.model], picture.planned
+        runner, planned = picture.runner, picture.planned
 
         def decode(tasks: Sequence[Once]) -> list[Array]:
             joined = np.concatenate([task.value for task in tasks])
             return list(runner.pixels(joined, planned.sizes.picture))
 
-        alone = picture.order.deterministic
-        key = (picture.order.model, "stage_a", *latents.shape[1:], planned.sizes.picture, alone)
-        most = (
-            1
-            if alone
-            else max(1, min(self._limits.rows, runner.engines.record("stage_a.decode").spec.ranges["batch"].max))
-        )
-        make = self._maker(OnceGroup, "stage_a", runner, call=decode, most=most)
+        alone, size = picture.order.deterministic, planned.sizes.picture
+        key = (runner, "stage_a", *latents.shape[1:], size, alone)
+        taken = runner.engines.record("stage_a.decode").spec.ranges["batch"].max
+        on_cpu = PROVIDERS[runner.engines.provider].device == "cpu"
+        most = 1 if alone else min(self._limits.decoded_together(size, on_cpu), taken)
+        make = self._maker(OnceGroup, "stage_a", runner, engines=(("stage_a.decode", ()),), call=decode, most=most)
         scaled = latents * np.float32(planned.latent_scale)
         self._group(key, make).add(Once(picture=picture, value=scaled, then=then))
 

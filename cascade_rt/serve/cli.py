@@ -35,6 +35,9 @@ EXAMPLES = """examples:
 """
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 MAX_KEYS_BYTES = MIB
+KEEP_ALIVE_SECONDS = 75
+"""That a connection stays open without a request: longer than clients keep theirs, so that none is closed on a request
+that is on its way."""
 MAX_WORKERS = 256
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 
@@ -61,6 +64,19 @@ def parser() -> argparse.ArgumentParser:
         default=16,
         metavar="N",
         help="rows of one engine call; a picture takes one, with guidance two (default: 16)",
+    )
+    add(
+        "--lora",
+        action="append",
+        metavar="[NAME=]FILE",
+        help="LoRA file that requests may name in their field loras; repeatable",
+    )
+    add(
+        "--lora-sets",
+        type=int,
+        default=2,
+        metavar="N",
+        help="sets of LoRA files whose engines are open at once, each as large as the model (default: 2)",
     )
     add("--queue", type=int, default=64, metavar="N", help="pictures that wait or are drawn, at most (default: 64)")
     add("--context-memory", type=float, default=4, metavar="GIB", help="for pictures drawn together (default: 4)")
@@ -120,16 +136,16 @@ def serve(args: argparse.Namespace) -> None:
     metrics = Metrics()
     pool = make_pool(args, bundles, metrics)
     settings = Settings(
-        keys=keys, timeout=args.timeout, finish_abandoned=args.finish_abandoned, log_prompts=args.log_prompts
+        keys=keys,
+        timeout=args.timeout,
+        loras=find_loras(args.lora),
+        finish_abandoned=args.finish_abandoned,
+        log_prompts=args.log_prompts,
     )
     app = make_app(pool, settings, metrics)
     with listen(args.host, args.port) as listener:
-        if not is_loopback(args.host) and not keys:
-            print(
-                f"warning: {args.host} can be reached from other machines, and there are no API keys: everybody there "
-                "can draw. Use --host 127.0.0.1, or --api-key-file",
-                file=sys.stderr,
-            )
+        if not is_loopback(args.host):
+            print(f"warning: {args.host} can be reached from other machines{who_draws(keys)}", file=sys.stderr)
         port = listener.getsockname()[1]
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"cascade-serve: http://{host}:{port} (models: {', '.join(bundles)})", file=sys.stderr, flush=True)
@@ -158,6 +174,7 @@ def run(app: FastAPI, listener: socket.socket, grace: float) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(grace)),
         backlog=2048,
     )
@@ -181,6 +198,7 @@ def make_pool(args: argparse.Namespace, bundles: dict[str, Bundle], metrics: Met
         pictures=args.queue,
         context_bytes=round(args.context_memory * 2**30),
         pixels=args.max_pixels,
+        variants=args.lora_sets,
     )
     least, most = parse_workers(args.workers)
     if args.ray is not None:
@@ -229,6 +247,29 @@ def open_bundles(places: Sequence[str] | None) -> dict[str, Bundle]:
     return found
 
 
+def find_loras(places: Sequence[str] | None) -> dict[str, str]:
+    """Paths of LoRA files by the names under which requests ask for them.
+
+    Raises:
+        RequestError: two of one name, or a name that is none.
+        CheckpointError: a file is missing, damaged, or no LoRA file.
+    """
+    from ..lora import Lora, lora_path
+
+    found: dict[str, str] = {}
+    for place in places or ():
+        name, _, file = place.rpartition("=") if not os.path.lexists(place) else ("", "", place)
+        path = lora_path(file).resolve()
+        name = name or path.stem
+        if not _NAME.fullmatch(name):
+            raise RequestError(f"--lora: {shown(name)} cannot be the name of a LoRA; use letters, digits and ._/-")
+        if name in found:
+            raise RequestError(f"--lora: there are two LoRA files {name}; name them: --lora NAME=FILE")
+        Lora(path)  # it can be read
+        found[name] = str(path)
+    return found
+
+
 def read_keys(path: Path | None) -> tuple[str, ...]:
     """The accepted API keys; lines that are empty or begin with # are left out.
 
@@ -260,6 +301,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         ("--max-batch", args.max_batch, 1, 1024),
         ("--max-pixels", args.max_pixels, 64 * 64, 4096 * 4096),
         ("--queue", args.queue, 1, 1_000_000),
+        ("--lora-sets", args.lora_sets, 1, 64),
         ("--timeout", args.timeout, 0.1, 86_400),
         ("--grace", args.grace, 0, 86_400),
         ("--context-memory", args.context_memory, 0.001, 100_000),
@@ -300,6 +342,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def who_draws(keys: Sequence[str]) -> str:
+    """What an address that is not loopback means, for the warning."""
+    if not keys:
+        return ", and there are no API keys: everybody there can draw. Use --host 127.0.0.1, or --api-key-file"
+    return (
+        "; who has an API key can draw. Keys and pictures are sent as they are: put a proxy with TLS in front, or use "
+        "--host 127.0.0.1"
+    )
 
 
 def log_as_json() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -14,9 +14,9 @@ from .watch import Watch
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 RATE_SECONDS = 60.0
-_CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_LONG_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 class Metrics(Watch):
@@ -29,7 +29,14 @@ class Metrics(Watch):
             "cascade_request_seconds",
             "From request to answer",
             ["route"],
-            buckets=_REQUEST_SECONDS,
+            buckets=_LONG_SECONDS,
+            registry=self.registry,
+        )
+        self._picture_seconds = Histogram(
+            "cascade_picture_seconds",
+            "Time of a finished picture by part: queue, encoders, stage_c, stage_b, stage_a",
+            ["part"],
+            buckets=_LONG_SECONDS,
             registry=self.registry,
         )
         self._pictures = Counter(
@@ -39,11 +46,12 @@ class Metrics(Watch):
             registry=self.registry,
         )
         self._load = Gauge("cascade_pictures_in_work", "Pictures that wait or are drawn", registry=self.registry)
+        self._queue = Gauge("cascade_pictures_waiting", "Pictures whose loops have not begun", registry=self.registry)
         self._rows = Histogram(
-            "cascade_call_rows", "Rows of an engine call", ["engine"], buckets=_ROWS, registry=self.registry
+            "cascade_call_rows", "Rows of an engine call", ["engine"], buckets=ROWS, registry=self.registry
         )
         self._call_seconds = Histogram(
-            "cascade_call_seconds", "Time of an engine call", ["engine"], buckets=_CALL_SECONDS, registry=self.registry
+            "cascade_call_seconds", "Time of an engine call", ["engine"], buckets=CALL_SECONDS, registry=self.registry
         )
         self._ready = Gauge("cascade_ready", "1 while the service takes requests", registry=self.registry)
         rate = Gauge(
@@ -60,18 +68,28 @@ class Metrics(Watch):
         self._call_seconds.labels(engine).observe(time.perf_counter() - started)
         self._rows.labels(engine).observe(rows)
 
-    def load(self, pictures: int) -> None:
-        """Note how many pictures wait or are drawn."""
-        self._load.set(pictures)
+    def taken(self, pictures: int) -> None:
+        """Note pictures that were taken on, and wait."""
+        self._load.inc(pictures)
+        self._queue.inc(pictures)
+
+    def begun(self) -> None:
+        """Note that a picture waits no longer."""
+        self._queue.dec()
 
     def ready(self, is_ready: bool) -> None:
         """Note whether requests are taken."""
         self._ready.set(float(is_ready))
 
-    def ended(self, model: str, outcome: str) -> None:
+    def ended(self, model: str, outcome: str, has_begun: bool, seconds: Mapping[str, float]) -> None:
         """Note what became of a picture."""
+        self._load.dec()
+        if not has_begun:
+            self._queue.dec()
         self._pictures.labels(model, outcome).inc()
         if outcome == "finished":
+            for part, passed in seconds.items():
+                self._picture_seconds.labels(part).observe(passed)
             now = time.monotonic()
             self._ends.append(now)
             while now - self._ends[0] > RATE_SECONDS:

@@ -101,7 +101,9 @@ class LocalPool:
             raise UnavailableError("the service is starting or stopping; try again later", 1.0)
         batcher = min(self._batchers, key=lambda one: one.load)
         job = LocalJob(batcher, order)
-        if order.request.images or order.request.init_image is not None:  # to open pictures takes a while
+        request = order.request
+        brought = (request.images, request.init_image, request.control_image, request.loras)
+        if any(brought):  # to open files takes a while
             job.pictures = await asyncio.to_thread(batcher.submit, order, job.tell)
         else:
             job.pictures = batcher.submit(order, job.tell)

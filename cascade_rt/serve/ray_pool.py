@@ -13,7 +13,8 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,23 @@ from ..bundle import Bundle, find_bundle
 from ..errors import CascadeError, plain, shown
 from ..manifest import Manifest
 from .batcher import Limits
-from .orders import BusyError, Event, Failed, Finished, Order, Preview, UnavailableError
+from .orders import (
+    BusyError,
+    CancelledOrderError,
+    Event,
+    Failed,
+    Finished,
+    Order,
+    Preview,
+    UnavailableError,
+)
 from .watch import Watch
 
 APP = "cascade-rt"
 DEPLOYMENT = "Engines"
 RETRY_SECONDS = 0.25
+LATE_SECONDS = 0.5
+"""So long before its end, an order that a replica gives up is late; before that, the replica stops."""
 DRAIN_SECONDS = 60.0
 VERSION_SECONDS = 10.0
 CONNECT_SECONDS = 10.0
@@ -39,6 +51,31 @@ class Accepted:
     """A replica took the order on."""
 
 
+class ReplicaWatch(Watch):
+    """Tells Ray of a replica's engine calls: the metrics of every node of the cluster have them for Prometheus."""
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Histogram  # type: ignore[import-not-found,unused-ignore]
+
+        from .metrics import CALL_SECONDS, ROWS
+
+        self._seconds = Histogram(
+            "cascade_call_seconds", "Time of an engine call", boundaries=list(CALL_SECONDS), tag_keys=("engine",)
+        )
+        self._rows = Histogram(
+            "cascade_call_rows", "Rows of an engine call", boundaries=list(ROWS), tag_keys=("engine",)
+        )
+
+    @contextlib.contextmanager
+    def call(self, engine: str, rows: int) -> Iterator[None]:
+        """Note an engine call."""
+        started = time.perf_counter()
+        yield
+        tags = {"engine": engine}
+        self._seconds.observe(time.perf_counter() - started, tags)
+        self._rows.observe(rows, tags)
+
+
 class Engines:
     """A replica: the batcher of one process, on the bundles that lie at the same places on every machine."""
 
@@ -47,7 +84,7 @@ class Engines:
         from .local import local_pool
 
         bundles = {name: find_bundle(place) for name, place in places.items()}
-        self._pool = local_pool(bundles, provider, limits, 1, Watch())
+        self._pool = local_pool(bundles, provider, limits, 1, ReplicaWatch())
         self._pool.load()
         self._version = version
 
@@ -102,7 +139,7 @@ class RayPool:
             limits: of every replica's batcher.
             replicas: least and most; Ray scales between them with the load.
             address: of the cluster; empty: one of this process, which ends with it.
-            watch: told of pictures; calls are counted in the replicas alone.
+            watch: told of pictures; calls are counted in the replicas, by `ReplicaWatch`.
 
         Raises:
             CascadeError: Ray is not installed, or the cluster does not answer.
@@ -191,7 +228,11 @@ class RayPool:
         if not self.ready:
             raise UnavailableError("the service is starting or stopping; try again later", 1.0)
         job = RayJob(self._handle, order, self._watch)
-        await job.begin()
+        try:
+            await job.begin()
+        except BaseException:
+            job.cancel()
+            raise
         return job
 
     async def close(self) -> None:
@@ -233,12 +274,15 @@ class RayJob:
     """An order of `RayPool`."""
 
     def __init__(self, handle: Any, order: Order, watch: Watch) -> None:
+        loop = asyncio.get_running_loop()
         self._handle, self._order, self._watch = handle, order, watch
-        self._end = asyncio.get_running_loop().time() + order.seconds
+        self._end = loop.time() + order.seconds
+        self._gone: asyncio.Future[None] = loop.create_future()  # done when nobody waits any more
         self._answer: Any = None
         self._finished: set[int] = set()
         self._previewed: dict[int, int] = {}
-        self._cancelled = False
+        self._open = 0
+        """Pictures that `Watch` was told of, and that have not ended."""
 
     async def begin(self) -> None:
         """Ask a replica, and wait until it takes the order on.
@@ -246,61 +290,86 @@ class RayJob:
         Raises:
             CascadeError: it does not, or no replica answers.
         """
-        from ray.exceptions import RayActorError  # type: ignore[import-not-found,unused-ignore]
-        from ray.serve.exceptions import BackPressureError  # type: ignore[import-not-found,unused-ignore]
-
         while True:
             self._answer = self._handle.draw.remote(self._order)
-            try:
-                event = await self._next()
-            except RayActorError:  # the replica died; another takes its place
+            event = await self._next()
+            if event is None:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            except BackPressureError:
-                raise BusyError("every replica is busy; try again later", 5.0) from None
             if isinstance(event, Failed):
                 raise event.error
+            if not self._open:
+                self._open = self._order.pictures
+                self._watch.taken(self._open)
+                for _ in range(self._open):  # how long it waits in a replica is in what the replica says at the end
+                    self._watch.begun()
             return
 
-    async def _next(self) -> Accepted | Event:
-        """The replica's next word.
+    async def _next(self) -> Accepted | Event | None:
+        """The replica's next word; None: it died or ends, and another one is to be asked.
 
         Raises:
-            UnavailableError: the order's time is over.
-            StopAsyncIteration: there is no other.
+            UnavailableError: the order's time is over, or there are no replicas and will be none.
+            BusyError: too many orders wait for a replica.
+            CancelledOrderError: somebody cancelled the order.
         """
-        left = self._end - asyncio.get_running_loop().time()
+        from ray.exceptions import RayActorError  # type: ignore[import-not-found,unused-ignore]
+        from ray.serve.exceptions import (  # type: ignore[import-not-found,unused-ignore]
+            BackPressureError,
+            DeploymentUnavailableError,
+        )
+
+        following: asyncio.Future[Any] = asyncio.ensure_future(anext(self._answer))
+        left = max(self._end - asyncio.get_running_loop().time(), 0.0)
         try:
-            event: Accepted | Event = await asyncio.wait_for(anext(self._answer), max(left, 0.0))
-        except asyncio.TimeoutError:
-            self.cancel()
-            raise UnavailableError(f"the picture was not ready within {self._order.seconds:g} s", 5.0) from None
-        return event
+            await asyncio.wait({following, self._gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if self._gone.done():
+                raise CancelledOrderError("the request was cancelled")
+            if not following.done():
+                raise UnavailableError(f"the picture was not ready within {self._order.seconds:g} s", 5.0)
+            event: Accepted | Event = following.result()
+        except (RayActorError, StopAsyncIteration):
+            return None
+        except BackPressureError:
+            raise BusyError("every replica is busy; try again later", 5.0) from None
+        except DeploymentUnavailableError:
+            raise UnavailableError("there are no replicas; Ray could not start them", 5.0) from None
+        finally:
+            following.cancel()
+        ends = isinstance(event, Failed) and isinstance(event.error, UnavailableError)
+        return None if ends and asyncio.get_running_loop().time() < self._end - LATE_SECONDS else event
 
     async def events(self) -> AsyncIterator[Preview | Finished]:
         """What becomes of it; see `Job.events`. A replica that dies is replaced by another."""
-        from ray.exceptions import RayActorError  # type: ignore[import-not-found,unused-ignore]
-
-        outcome = "failed"
         try:
             while len(self._finished) < self._order.pictures:
-                try:
-                    event = await self._next()
-                except RayActorError:
+                event = await self._next()
+                if event is None:
                     await asyncio.sleep(RETRY_SECONDS)
                     await self.begin()
-                    continue
-                if isinstance(event, Failed):
+                elif isinstance(event, Failed):
                     raise event.error
-                if isinstance(event, Preview | Finished) and self._is_new(event):
+                elif isinstance(event, Preview | Finished) and self._is_new(event):
+                    if isinstance(event, Finished):
+                        self._ended("finished", event.seconds)
                     yield event
-            outcome = "finished"
-        except (asyncio.CancelledError, GeneratorExit):
-            outcome = "cancelled"
+        except UnavailableError:
+            self._end_rest("late")
             raise
-        finally:
-            for _ in range(self._order.pictures):
-                self._watch.ended(self._order.model, outcome)
+        except (CancelledOrderError, asyncio.CancelledError, GeneratorExit):
+            self._end_rest("cancelled")
+            raise
+        except BaseException:
+            self._end_rest("failed")
+            raise
+
+    def _ended(self, outcome: str, seconds: Mapping[str, float]) -> None:
+        self._open -= 1
+        self._watch.ended(self._order.model, outcome, True, seconds)
+
+    def _end_rest(self, outcome: str) -> None:
+        while self._open:
+            self._ended(outcome, {})
 
     def _is_new(self, event: Preview | Finished) -> bool:
         """Whether the client does not have it yet: a second replica draws everything again, to the same pictures."""
@@ -316,5 +385,8 @@ class RayJob:
 
     def cancel(self) -> None:
         """Nobody waits any more. To cancel the task that waits for a replica would not reach the replica."""
+        if not self._gone.done():
+            self._gone.set_result(None)
+        self._end_rest("cancelled")
         if self._answer is not None:
             self._answer.cancel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -14,8 +14,18 @@ class Watch:
         """Within, an engine is called with that many rows."""
         yield
 
-    def load(self, pictures: int) -> None:
-        """That many pictures wait or are drawn."""
+    def taken(self, pictures: int) -> None:
+        """That many pictures were taken on, and wait."""
 
-    def ended(self, model: str, outcome: str) -> None:
-        """A picture ended: finished, cancelled, late or failed."""
+    def begun(self) -> None:
+        """One of those that wait is drawn from now on."""
+
+    def ended(self, model: str, outcome: str, has_begun: bool, seconds: Mapping[str, float]) -> None:
+        """A picture ended.
+
+        Args:
+            model: that drew it.
+            outcome: finished, cancelled, late or failed.
+            has_begun: whether `begun` was told of it.
+            seconds: what passed in every part; see `orders.Finished`.
+        """

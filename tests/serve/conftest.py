@@ -105,9 +105,9 @@ def metric(metrics: Metrics, name: str, **labels: str) -> float:
 def make_service(shipped: Path) -> Iterator[Callable[..., Service]]:
     made: list[Service] = []
 
-    def make(limits: Limits | None = None, **settings: Any) -> Service:
+    def make(limits: Limits | None = None, bundles: dict[str, Bundle] | None = None, **settings: Any) -> Service:
         own = Settings(**{"timeout": REQUEST_SECONDS, **settings})
-        made.append(Service({"cascade-tiny": Bundle(shipped)}, limits or Limits(), own))
+        made.append(Service(bundles or {"cascade-tiny": Bundle(shipped)}, limits or Limits(), own))
         made[-1].start()
         return made[-1]
 

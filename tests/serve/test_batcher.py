@@ -29,7 +29,7 @@ from cascade_rt.serve.orders import (
     UnknownModelError,
 )
 
-from .conftest import wait_until
+from .conftest import metric, wait_until
 
 
 class Gate(Metrics):
@@ -309,6 +309,64 @@ def test_a_failing_engine_fails_its_batch_only_and_is_opened_anew(
     after, _ = order(seed=4)
     wait_until(lambda: batcher.load == 0)
     assert np.abs(after.pictures[0] - alone(pipe, seed=4)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [("encode", "text_encoder"), ("begin_prior", "stage_c.context"), ("pixels", "stage_a.decode")],
+)
+def test_what_failed_in_an_engine_has_it_opened_anew(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, caplog: Any, method: str, engine: str
+) -> None:
+    batcher, _, order = make()
+    runner = next(iter(batcher._variants))
+    with runner.engines.engine(engine) as opened:
+        before = opened
+    works, failed = getattr(Runner, method), threading.Event()
+
+    def breaks(*given: Any) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise EngineError("the engine broke")
+        return works(*given)
+
+    monkeypatch.setattr(Runner, method, breaks)
+    heard, _ = order()
+    wait_until(lambda: batcher.load == 0)
+    assert [str(error) for error in heard.errors] == ["the engine broke"]
+    assert [record.facts["request_ids"] for record in caplog.records if record.levelname == "ERROR"] == [["x"]]
+    heard, _ = order()
+    wait_until(lambda: batcher.load == 0)
+    assert heard.pictures
+    with runner.engines.engine(engine) as opened:
+        assert opened is not before
+
+
+def test_pictures_that_wait_are_counted_until_their_loops_begin(make: Callable[..., Made]) -> None:
+    batcher, gate, order = make(rows=2)
+    gate.shut()
+    first, _ = order(steps=3)
+    _, gone = order(seed=1, steps=3)
+    last, _ = order(seed=2, steps=3)
+    gate.until_call()
+    while not gate.rows("stage_c.step"):
+        gate.one()
+    assert (metric(gate, "cascade_pictures_in_work"), metric(gate, "cascade_pictures_waiting")) == (3, 2)
+    batcher.cancel(gone)
+    gate.let_all()
+    wait_until(lambda: batcher.load == 0)
+    wait_until(lambda: metric(gate, "cascade_pictures_in_work") == 0)
+    assert metric(gate, "cascade_pictures_waiting") == 0
+    assert metric(gate, "cascade_picture_seconds_count", part="stage_c") == 2
+    times = [event.seconds for one in (first, last) for event in one.events if isinstance(event, Finished)]
+    assert set(times[0]) == {"queue", "encoders", "stage_c", "stage_b", "stage_a"}
+    assert times[1]["queue"] > times[0]["stage_c"]  # it waited for as long as the other one was drawn
+
+
+def test_a_call_of_stage_a_is_bounded_in_pixels() -> None:
+    limits = Limits(rows=16, pixels=1 << 20)
+    assert [limits.decoded_together(size, False) for size in ((256, 256), (512, 512), (2048, 2048))] == [16, 4, 1]
+    assert [limits.decoded_together(size, True) for size in ((256, 256), (512, 512), (128, 128))] == [4, 1, 16]
 
 
 def test_an_unexpected_failure_says_nothing_of_the_machine(

