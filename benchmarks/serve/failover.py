@@ -1,6 +1,7 @@
 """``kill -9`` of a replica, of both, and of a front, and an update of the replicas, while 64 requests run.
 
-How many requests are lost, how long they wait, and when the service is whole again:
+How many requests are lost, how long they wait, and when the service is whole again; last, how long it takes until the
+load has brought a second replica (Ray waits for 30 s before it starts one):
 
     python benchmarks/serve/failover.py --json benchmarks/results/serve_failover.json
 
@@ -195,6 +196,27 @@ def scenario(
     }
 
 
+def scale_up(front: str, is_scaled: Callable[[], bool]) -> dict[str, Any]:
+    """Seconds of load until there are more replicas."""
+    ended, answered, lost = threading.Event(), [0], [0]
+
+    def ask(number: int) -> None:
+        while not ended.is_set():
+            try:
+                draw([front], number % SEEDS, 0)
+                answered[0] += 1
+            except Exception:  # whatever it is, the request is lost
+                lost[0] += 1
+
+    asking = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(REQUESTS // 2)]
+    for one in asking:
+        one.start()
+    seconds = wait_until(is_scaled, START_SECONDS, "a second replica")
+    ended.set()
+    wait_until(lambda: not any(one.is_alive() for one in asking), ANSWER_SECONDS + 60, "all answers")
+    return {"scaled": "1 to 2 replicas", "seconds": round(seconds, 1), "answered": answered[0], "lost": lost[0]}
+
+
 def main() -> int:
     """Run all scenarios; 1 where a request was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,10 +277,15 @@ def main() -> int:
         ):
             rows.append(scenario(what, fronts, wanted, kill, is_whole))
             print(json.dumps(rows[-1]), flush=True)
+        scaling = folder / "front-3"
+        start(scaling, "--workers", "1-2")
+        wait_until(lambda: len(replicas(mark)) == 1, START_SECONDS, "one replica")
+        rows.append(scale_up(str(address_of(scaling)), lambda: len(replicas(mark)) == REPLICAS))
+        print(json.dumps(rows[-1]), flush=True)
     machine = {"cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()[0]}
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    return 1 if any(row["lost"] or row["wrong"] for row in rows) else 0
+    return 1 if any(row["lost"] or row.get("wrong") for row in rows) else 0
 
 
 def _listens(port: int) -> bool:
