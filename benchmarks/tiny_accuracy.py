@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,37 @@ def reconstruct(pipe: CascadePipeline, scene: Scene, seed: int) -> float:
     semantic = encode(pipe, pixels)
     out = pipe.decoder(semantic, prompt="", seed=seed, output_type="np")
     return psnr(np.asarray(out.images, np.float32)[0], drawn.astype(np.float32) / np.float32(255))
+
+
+def vary(pipe: CascadePipeline, originals: list[Scene], first_seed: int) -> list[Verdict]:
+    """Variations of drawn scenes, without a caption: colours and shape count, and not where the shape stands."""
+    verdicts = []
+    for i, scene in enumerate(originals):
+        picture = Image.fromarray(scenes.draw(scene))
+        out = pipe(None, picture, seed=first_seed + i, output_type="np")
+        wish = Wish(scene.shapes[0].colour, scene.shapes[0].kind, background=scene.background)
+        verdicts.append(judge(np.asarray(out.images, np.float32)[0], wish))
+    return verdicts
+
+
+def follow(pipe: CascadePipeline, originals: list[Scene], first_seed: int, scale: float) -> list[Verdict]:
+    """Pictures that follow the edges of drawn scenes, with captions of other colours.
+
+    Args:
+        pipe: over a bundle with a canny ControlNet.
+        originals: whose edges are found.
+        first_seed: of the first picture.
+        scale: of the ControlNet; 0: the captions alone, which do not say where the shape stands.
+    """
+    verdicts, rng = [], np.random.default_rng(3)
+    for i, scene in enumerate(originals):
+        colour, background = (str(name) for name in rng.choice(list(scenes.COLOURS), 2, replace=False))
+        caption = f"a {colour} {scene.shapes[0].kind} on a {background} background"
+        picture = Image.fromarray(scenes.draw(scene))
+        out = pipe(caption, seed=first_seed + i, control_image=picture, control_scale=scale, output_type="np")
+        asked = replace(scene, shapes=(replace(scene.shapes[0], colour=colour),), background=background)
+        verdicts.append(judge(np.asarray(out.images, np.float32)[0], asked))
+    return verdicts
 
 
 def encode(pipe: CascadePipeline, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -136,6 +168,13 @@ def measure(pipe: CascadePipeline, arguments: argparse.Namespace) -> dict[str, A
         "p10": round(float(np.quantile(times, 0.1)), 3),
         "p90": round(float(np.quantile(times, 0.9)), 3),
     }
+    rng = np.random.default_rng(56)
+    originals = [scenes.scene_of(w, rng) for w in held_out[: arguments.features]]
+    if originals and pipe.bundle.manifest.records("image_encoder"):
+        result["variations"] = share(vary(pipe, originals, arguments.seed))
+    if originals and pipe.bundle.manifest.records("controlnet.canny"):
+        result["canny"] = share(follow(pipe, originals, arguments.seed, 1.0))
+        result["canny_without_the_controlnet"] = share(follow(pipe, originals, arguments.seed, 0.0))
     if arguments.reconstructions and pipe.bundle.manifest.records("effnet_encoder"):
         rng = np.random.default_rng(55)
         originals = [scenes.scene_of(w, rng) for w in held_out[: arguments.reconstructions]]
@@ -153,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, help="bundle to measure (default: the shipped one)")
     parser.add_argument("--pictures", type=int, default=436, help="held-out captions, each with its own seed")
     parser.add_argument("--reconstructions", type=int, default=60, help="held-out scenes to encode and decode")
+    parser.add_argument("--features", type=int, default=64, help="held-out scenes to vary, and to take edges from")
     parser.add_argument("--seed", type=int, default=1000, help="the first picture's seed")
     parser.add_argument("--sampler", choices=("diffusers", "original"), help="default: the bundle's")
     parser.add_argument("--steps", type=int, help="Stage C steps (default: the bundle's)")

@@ -84,7 +84,7 @@ def publish(out: Path, target: Path) -> None:
     _write_model(beside / "image_encoder", prompts["encoder"], None, image_config, "model.safetensors")
     (beside / "feature_extractor").mkdir()
     _write_json(beside / "feature_extractor" / "preprocessor_config.json", _preprocessing())
-    control_config = asdict(recipe.build_control().config) | {"filter": "canny"}
+    control_config = asdict(recipe.build_control().config)
     _write_model(beside / "controlnet_canny", control, "StableCascadeControlNet", control_config)
     (beside / "tokenizer").mkdir()
     build_tokenizer().save(str(beside / "tokenizer" / "tokenizer.json"))

@@ -63,6 +63,7 @@ STAGE_C = DenoiserConfig(
     dropout=(0.0, 0.0),
     self_attn=(True, True),
     switch_level=(False,),
+    control_blocks=(0, 1, 3, 5),
 )
 
 # Most channels where there are few positions: the 32 x 32 level has one block each way.
@@ -97,7 +98,7 @@ EDGES_SAY = tuple(range(AT.start, CHANNELS))  # channels of the semantic latents
 CONTROL = ControlNetConfig(
     in_channels=1,
     projection_channels=STAGE_C.block_out_channels[0],
-    proj_blocks=(0, 1, 3, 5),
+    proj_blocks=STAGE_C.control_blocks,
     stages=(
         ("fused", 1, 3, 2, 16, 1),
         ("fused", 4, 3, 2, 32, 2),
