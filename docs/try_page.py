@@ -75,7 +75,7 @@ def build(out: Path, cache: Path) -> None:
                 raise ValueError(f"onnxruntime-web {VERSION} has no {place}")
             (out / "ort" / Path(place).name).write_bytes(member.read())
     manifest = json.loads((BUNDLE / "cascade.json").read_text())
-    records = [row for row in manifest["engines"] if row["name"] in ENGINES]
+    records = [row for row in manifest["engines"] if row["name"] in ENGINES and not row["features"]]
     files = {name for row in records for name in (row["file"], *row["weights"])}
     (out / "bundle").mkdir()
     for name in ("cascade.json", manifest["tokenizer"]["file"], *sorted(files)):

@@ -27,7 +27,8 @@ export class Cascade {
    */
   static async load(place, progress) {
     const manifest = await (await fetched(`${place}/cascade.json`)).json();
-    const records = ENGINES.map((name) => manifest.engines.find((row) => row.name === name && row.runtime === "onnx"));
+    const plain = manifest.engines.filter((row) => row.runtime === "onnx" && row.features.length === 0);
+    const records = ENGINES.map((name) => plain.find((row) => row.name === name));
     const names = [...new Set(records.flatMap((row) => [row.file, ...row.weights]))];
     const all = names.reduce((sum, name) => sum + manifest.files[name].bytes, 0);
     let loaded = 0;
