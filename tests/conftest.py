@@ -42,6 +42,8 @@ SLOW_FILES = (
     "parity/test_weighting.py",
     "serve/test_batcher.py",
     "serve/test_http.py",
+    "serve/test_image_prompts.py",
+    "serve/test_loras.py",
     "serve/test_page.py",
     "serve/test_ray.py",
     "serve/test_serve_cli.py",

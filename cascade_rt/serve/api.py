@@ -96,6 +96,7 @@ class Body(Struct, kw_only=True):
     user: Annotated[str, Meta(max_length=1000)] | None = None
     seed: int | None = None
     negative_prompt: Annotated[str, Meta(max_length=MAX_PROMPT)] | None = None
+    prompt_syntax: Annotated[str, Meta(max_length=40)] | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     decoder_num_inference_steps: int | None = None
@@ -119,6 +120,7 @@ class Body(Struct, kw_only=True):
 TEXT_FIELDS = {
     *("prompt", "model", "size", "quality", "background", "output_format", "response_format", "safety_identifier"),
     *("user", "negative_prompt", "sampler", "init_image", "mask_image", "control_image", "control_kind"),
+    "prompt_syntax",
 }
 """Fields of `Body` that are text; a form's other values are numbers and booleans, written as JSON writes them."""
 
@@ -249,6 +251,7 @@ def call_of(
     request = Request(
         prompt=body.prompt,
         negative_prompt=body.negative_prompt,
+        prompt_syntax=given_or(body.prompt_syntax, "plain"),  # type: ignore[arg-type]  # the request checks it
         height=height,
         width=width,
         num_images_per_prompt=count,

@@ -22,7 +22,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,12 +114,14 @@ class Asked:
         runner: whose engines draw it.
         given: the pictures that the request brings along, opened.
         texts: what the encoders made of the request; None until they have.
+        refusal: why its texts are not accepted, which only encoding can tell.
     """
 
     order: Order
     runner: Runner
     given: Tensors
     texts: Embeddings | None = None
+    refusal: RequestError | None = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -737,13 +740,13 @@ class Batcher:
         runner = picture.runner
         picture.note("queue")
 
-        def encode(tasks: Sequence[Once]) -> list[Embeddings]:
+        def encode(tasks: Sequence[Once]) -> list[Asked]:
             _encode_together(runner, [task.picture for task in tasks])
-            return [given_texts(task.picture) for task in tasks]
+            return [task.picture.asked for task in tasks]
 
-        def then(texts: Embeddings) -> None:
+        def then(asked: Asked) -> None:
             picture.note("encoders")
-            self._prior(picture, texts)
+            self._prior(picture, texts_of(asked))
 
         alone = picture.order.deterministic
         most = 1 if alone else max(1, runner.engines.record("text_encoder").spec.ranges["batch"].max // 2)
@@ -871,15 +874,25 @@ class Batcher:
         self._group(key, make).add(Once(picture=picture, value=scaled, then=then))
 
 
-def given_texts(picture: Picture) -> Embeddings:
-    """What the encoders made of a picture's order."""
-    assert picture.asked.texts is not None  # it has been encoded
-    return picture.asked.texts
+def texts_of(asked: Asked) -> Embeddings:
+    """What the encoders made of an order.
+
+    Raises:
+        RequestError: its texts are not accepted.
+    """
+    if asked.refusal is not None:
+        raise asked.refusal
+    assert asked.texts is not None  # it has been encoded
+    return asked.texts
 
 
 def _encode_together(runner: Runner, pictures: Iterable[Picture]) -> None:
-    """Encode what the orders of these pictures say, once an order; the texts of all orders in one engine call."""
-    new = {picture.asked: picture.planned for picture in pictures if picture.asked.texts is None}
+    """Encode what the orders of these pictures say, once an order; the texts of all orders in one engine call.
+
+    An order whose texts are not accepted is refused alone.
+    """
+    waiting = [picture for picture in pictures if picture.asked.texts is None and picture.asked.refusal is None]
+    new = {picture.asked: picture.planned for picture in waiting}
     texts: dict[Text, None] = {}
 
     def gather(some: Sequence[Text]) -> tuple[Array, Array]:
@@ -887,8 +900,9 @@ def _encode_together(runner: Runner, pictures: Iterable[Picture]) -> None:
         return np.zeros((len(some), 1, 1), np.float32), np.zeros((len(some), 1, 1), np.float32)
 
     for asked, planned in new.items():
-        embed_texts(planned, asked.given, runner.bundle.tokenizer, gather)
-    if not new:
+        with _refusing(asked):
+            embed_texts(planned, asked.given, runner.bundle.tokenizer, gather)
+    if all(asked.refusal is not None for asked in new):
         return
     hidden, pooled = runner.encode(list(texts))
     rows = {text: row for row, text in enumerate(texts)}
@@ -898,7 +912,18 @@ def _encode_together(runner: Runner, pictures: Iterable[Picture]) -> None:
         return hidden[chosen], pooled[chosen]
 
     for asked, planned in new.items():
-        asked.texts = runner.embed(planned, asked.given, {}, known)
+        if asked.refusal is None:
+            with _refusing(asked):
+                asked.texts = runner.embed(planned, asked.given, {}, known)
+
+
+@contextmanager
+def _refusing(asked: Asked) -> Iterator[None]:
+    """Within, what is not accepted of an order is kept as its refusal."""
+    try:
+        yield
+    except RequestError as error:
+        asked.refusal = error
 
 
 def _previews_due(picture: Picture) -> list[int]:

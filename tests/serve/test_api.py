@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from openai import OpenAI
 from PIL import Image
 
 from cascade_rt import CascadePipeline, Request
+from cascade_rt.bundle import Bundle
 from cascade_rt.image import REQUEST_KEY
+from cascade_rt.serve.api import call_of
 
 from .conftest import Service, pixels_of, wait_until
 
@@ -180,6 +183,26 @@ def test_image_prompts_need_the_image_encoder(client: OpenAI, pipe: CascadePipel
     text = base64.b64encode(file.getvalue()).decode()
     with pytest.raises(openai.BadRequestError, match="image_encoder") as caught:
         client.images.generate(prompt="a star", extra_body={"image_prompts": [{"image": text, "weight": 0.5}]})
+    assert caught.value.code == "unsupported"
+
+
+def test_control_fields_reach_the_request(shipped: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    own = {"control_image": text, "control_scale": 0.5, "control_kind": "canny", "control_filtered": True}
+    call = call_of({"prompt": "x", **own}, {"m": Bundle(shipped).manifest}, {}, "image_generation", "id", 1.0)
+    request = call.order.request
+    assert str(request.control_image).endswith(text)
+    assert (request.control_scale, request.control_kind, request.control_filtered) == (0.5, "canny", True)
+
+
+def test_a_control_picture_needs_a_controlnet(client: OpenAI, pipe: CascadePipeline) -> None:
+    file = io.BytesIO()
+    pipe("a star", seed=0).images[0].save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    with pytest.raises(openai.BadRequestError, match=r"controlnet\.canny") as caught:
+        client.images.generate(prompt="a star", extra_body={"control_image": text})
     assert caught.value.code == "unsupported"
 
 

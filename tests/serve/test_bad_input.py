@@ -24,6 +24,7 @@ def _fields() -> Iterator[tuple[str, dict[str, Any]]]:
     bad: dict[str, list[Any]] = {
         "prompt": [3, True, [], ["a"], {}, "x" * 32_001, 1.5],
         "negative_prompt": [3, ["a"], {}, "x" * 32_001],
+        "prompt_syntax": ["a1111", 3, ""],
         "model": [
             3,
             [],

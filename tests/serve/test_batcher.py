@@ -114,7 +114,8 @@ def make(shipped: Any) -> Iterator[Callable[..., Made]]:
                 "decoder": LoopSettings(num_inference_steps=options.pop("decoder_steps", 2)),
             }
             count = options.pop("count", 1)
-            own = {name: options.pop(name) for name in ("width", "height", "negative_prompt") if name in options}
+            names = ("width", "height", "negative_prompt", "prompt_syntax")
+            own = {name: options.pop(name) for name in names if name in options}
             request = Request(prompt=prompt, seeds=tuple(range(seed, seed + count)), **loops, **own)
             return heard, batcher.submit(Order(id="x", model="tiny", request=request, **options), heard)
 
@@ -434,6 +435,21 @@ def test_previews_of_both_loops_come_in_order(make: Callable[..., Made]) -> None
     wait_until(lambda: batcher.load == 0)
     assert [type(event) for event in heard.events] == [Preview, Preview, Preview, Finished]
     assert [event.index for event in heard.events[:3]] == [0, 1, 2]
+
+
+def test_a_prompt_that_is_not_accepted_is_refused_alone(make: Callable[..., Made], pipe: CascadePipeline) -> None:
+    batcher, gate, order = make()
+    gate.shut()
+    first, _ = order(seed=1)
+    gate.until_call()
+    bad, _ = order(prompt="a (red:11) circle", prompt_syntax="weighted", seed=2)
+    good, _ = order(seed=3)
+    gate.let_all()
+    wait_until(lambda: batcher.load == 0)
+    assert max(gate.rows("text_encoder")) == 2  # the two stood in one call
+    assert isinstance(bad.errors[0], RequestError)
+    for heard, seed in ((first, 1), (good, 3)):
+        assert np.abs(heard.pictures[0] - alone(pipe, seed=seed)).max() <= 1
 
 
 def test_closing_tells_those_who_wait(make: Callable[..., Made]) -> None:

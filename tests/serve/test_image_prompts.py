@@ -20,7 +20,6 @@ from cascade_rt.bundle import Bundle
 from .conftest import Service, pixels_of
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: it makes the image encoder")
-pytestmark = pytest.mark.slow
 
 FAST: dict[str, Any] = {"num_inference_steps": 4, "decoder_num_inference_steps": 2, "seed": 1}
 
