@@ -251,7 +251,7 @@ def call_of(
     request = Request(
         prompt=body.prompt,
         negative_prompt=body.negative_prompt,
-        prompt_syntax=given_or(body.prompt_syntax, "plain"),  # type: ignore[arg-type]  # the request checks it
+        prompt_syntax=given_or(body.prompt_syntax, "plain"),
         height=height,
         width=width,
         num_images_per_prompt=count,
