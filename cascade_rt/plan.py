@@ -18,7 +18,7 @@ from .manifest import EngineRecord, LoopDefaults, LoopOverrides, Manifest, Model
 from .request import ControlKind, LoopSettings, Request, Tensors
 from .sampling import SamplerName, Schedule, make_schedule
 from .seeds import new_seeds
-from .sizes import Sizes, decoder_size, grids_of, plan_sizes, range_of, shape_of, tensor_of
+from .sizes import Sizes, decoder_size, grids_of, plan_sizes, range_of, round_up, shape_of, tensor_of
 from .stages import ENGINES, ITEM_SIZE, EngineSpec
 
 DenoiserName = Literal["stage_c", "stage_b"]
@@ -224,7 +224,7 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
         seeds=seeds,
         sizes=sizes,
         init=init,
-        control=None if kind is None else _control(kind, records, sizes),
+        control=None if kind is None else _control(kind, manifest, records, sizes),
         prior=prior,
         decoder=decoder,
         latent_scale=defaults.latent_scale,
@@ -259,16 +259,16 @@ def _control_kind(request: Request, manifest: Manifest, given: Tensors, part: Pa
     model, stage_c = manifest.models.get(f"controlnet_{kind}"), manifest.models.get("stage_c")
     if model is not None and stage_c is not None and manifest.records("stage_c.step", features=(CONTROL,)):
         wanted, taken = model.config.get("proj_blocks"), stage_c.config.get("control_blocks")
-        if wanted != taken:
+        if wanted != taken or not isinstance(wanted, list | tuple):
             raise BundleError(
                 f"the bundle's ControlNet {kind} is for the blocks {shown(wanted)} of Stage C, whose engines take "
                 f"residuals at {shown(taken)}; make them anew with: cascade-export --stage c --control --overwrite "
-                f"--control-blocks {','.join(map(str, wanted or ()))}"
+                f"--control-blocks {','.join(map(str, wanted)) if isinstance(wanted, list | tuple) else '...'}"
             )
     return kind
 
 
-def _control(kind: ControlKind, records: dict[str, EngineRecord], sizes: Sizes) -> ControlPlan:
+def _control(kind: ControlKind, manifest: Manifest, records: dict[str, EngineRecord], sizes: Sizes) -> ControlPlan:
     """How the control picture is encoded.
 
     Raises:
@@ -282,7 +282,8 @@ def _control(kind: ControlKind, records: dict[str, EngineRecord], sizes: Sizes) 
         spec = records["effnet_encoder"].spec
         pixels = tuple(-(-side // 2) * ENCODER_STRIDE for side in sizes.prior)
     else:
-        pixels = tuple(side * ENCODER_STRIDE for side in sizes.prior)
+        multiple, ratio = range_of(spec, "height").multiple, _control_ratio(kind, manifest)
+        pixels = tuple(round_up(int(side * ratio), multiple) for side in sizes.prior)
     for name, side in zip(("height", "width"), pixels, strict=True):
         if not range_of(spec, name).accepts(side):
             raise RequestError(
@@ -291,6 +292,20 @@ def _control(kind: ControlKind, records: dict[str, EngineRecord], sizes: Sizes) 
                 field="control_image",
             )
     return ControlPlan(kind=kind, engine=f"controlnet.{kind}", pixels=(pixels[0], pixels[1]), channels=channels)
+
+
+def _control_ratio(kind: ControlKind, manifest: Manifest) -> float:
+    """Pixels of a control picture that a latent of Stage C stands for.
+
+    Raises:
+        BundleError: the manifest says no number that can be one.
+    """
+    model = manifest.models.get(f"controlnet_{kind}")
+    ratio = ENCODER_STRIDE if model is None else model.config.get("pixels_per_latent", ENCODER_STRIDE)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 1 <= ratio <= 1024:
+        where = f"models['controlnet_{kind}'].config.pixels_per_latent"
+        raise BundleError(f"the manifest's {where} is {shown(ratio)}; a number from 1 to 1024 is needed", field=where)
+    return float(ratio)
 
 
 def _engines(

@@ -46,6 +46,8 @@ class ControlNetConfig:
         proj_blocks: for each residual the index of its residual block in Stage C, counted in the order of execution:
             down, then up; a block that is executed twice counts twice.
         filter: what its control picture shows.
+        pixels_per_latent: pixels of a control picture, along each side, that a latent of Stage C stands for: at this
+            size it was trained. 32: pictures of 768 pixels for 24 latents, as the authors' notebooks resize them.
         bottleneck: the backbone: "effnet" (EfficientNetV2 features, a residual stands for 32 pixels), "simple" (two
             convolutions) or "large" (a wide residual network); both of these keep the size.
         stages, stem_channels, last_channels: of "effnet", as in `EffNetConfig`.
@@ -58,6 +60,7 @@ class ControlNetConfig:
         PUBLISHED_BLOCKS
     )
     filter: Filter = "canny"
+    pixels_per_latent: Annotated[float, Meta(ge=1, le=1024)] = 32.0
     bottleneck: Bottleneck = "effnet"
     stages: Annotated[tuple[StageRow, ...], Meta(min_length=1, max_length=16)] = EFFICIENTNET_V2_S
     stem_channels: Channels = 24
