@@ -48,6 +48,7 @@ def links_of(page: Path) -> Iterator[tuple[str, Path, str]]:
 def gather() -> None:
     """Copy pages and what they link to into `SOURCE`."""
     shutil.rmtree(SOURCE, ignore_errors=True)
+    _copy(ROOT / "docs" / "site.css")
     for page in pages():
         _copy(ROOT / page)
         for _, target, _ in links_of(page):
