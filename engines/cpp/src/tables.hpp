@@ -44,6 +44,7 @@ inline constexpr const char* kOutputTypes[] = {"pil", "np", "latent", nullptr};
 inline constexpr Pair kRequestFields[] = {
     {"prompt", "null"},
     {"negative_prompt", "null"},
+    {"prompt_syntax", "\"plain\""},
     {"height", "null"},
     {"width", "null"},
     {"num_images_per_prompt", "null"},
