@@ -14,7 +14,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "docs" / "pictures"
-NAMES = ("circle.png", "green.png", "both.png", "again.png")
+NAMES = ("circle.png", "varied.png", "edges.png", "both.png")
 
 
 def _commands() -> ModuleType:
