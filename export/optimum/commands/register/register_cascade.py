@@ -38,4 +38,6 @@ class CascadeExportCommand(BaseOptimumCLICommand):
         sys.exit(run_command(lambda: make_bundle(args), {"--checkpoint": "--model", "--out": "OUT"}, ends=True))
 
 
-REGISTER_COMMANDS = [(CascadeExportCommand, ExportCommand)]
+# An iterator, because it gives its command once: where two of these folders are on the path, a checkout and an
+# installation, Optimum goes through this module twice, and argparse refuses a second command of the same name.
+REGISTER_COMMANDS = iter([(CascadeExportCommand, ExportCommand)])
