@@ -176,7 +176,9 @@ def test_guidance_of_each_step(manifest: Manifest, loop: dict[str, Any], scales:
 
 def test_memory_is_the_files_of_the_engines_and_their_contexts(manifest: Manifest) -> None:
     made = planned(manifest, prompt="x", prior={"guidance_scale": 1.0})
-    names = {file for record in manifest.engines if record.name in made.engines for file in record.files}
+    names = {
+        f for record in manifest.engines if (record.name, record.features) in made.engine_keys for f in record.files
+    }
     weights = sum(manifest.files[name].bytes for name in names)
     # 4 bytes: modulation of 10 and 5 steps, keys and values of both stages, Stage B's map
     stage_c = 10 * 1920 + (2 + 4) * 2 * 85 * 160
