@@ -30,6 +30,10 @@ int main(void) {
   const char* place = getenv("CASCADE_RT_BUNDLE");
   const char* request = "{\"prompt\": \"a red circle\", \"seeds\": [3, 4], \"prior\": {\"num_inference_steps\": 4},"
                         " \"decoder\": {\"num_inference_steps\": 2}}";
+  const char* pictures = "{\"seeds\": [3], \"strength\": 0, \"height\": 128, \"width\": 128, \"init_image\": \""
+                         "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAIAQAAAADYDUI6AAAAI"
+                         "ElEQVR4nGNwn8QQzsFwOpehs5rh72SGM8wMh0wYsssAWWkHq9qqbkwAAAAASUVORK5CYII=\"}";
+  const char* style = "{\"prompt\": \"a\", \"loras\": [{\"file\": \"/nowhere/x.safetensors\"}]}";
   cascade_bundle* bundle = NULL;
   cascade_pipeline* pipeline = NULL;
   cascade_result* result = NULL;
@@ -77,6 +81,13 @@ int main(void) {
   cascade_result_free(result);
   result = NULL;
   CHECK(cascade_generate(pipeline, request, stop, NULL, &result) == CASCADE_INTERRUPTED && result == NULL);
+  CHECK(cascade_generate(pipeline, pictures, NULL, NULL, &result) == CASCADE_OK);
+  CHECK(cascade_result_image(result, 0, &image) == CASCADE_OK && image.width == 128 && image.height == 128);
+  cascade_result_free(result);
+  result = NULL;
+  CHECK(cascade_generate(pipeline, style, NULL, NULL, &result) == CASCADE_CHECKPOINT_ERROR && result == NULL);
+  cascade_last_error(&error);
+  CHECK(strstr(error.message, "there is no file /nowhere/x.safetensors") != NULL);
   cascade_pipeline_free(pipeline);
   printf("the C functions are as described\n");
   return 0;

@@ -319,25 +319,13 @@ def test_pictures_with_loras_are_the_same_bytes(both: Both, loras: list[str]) ->
     assert not np.array_equal(plain[0], styled[0])
 
 
-def test_previews_are_the_same_pictures(built: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    words = ["a red circle", *SHORT, "--images", "2", "--provider", "cpu", "--quiet"]
-    for name, call in (("ours", lambda *w: run(built, environment, *w).returncode), ("theirs", lambda *w: main_run(w))):
-        (tmp_path / name).mkdir()
-        assert call(*words, "--preview", str(tmp_path / name / "p"), "-o", str(tmp_path / name / "x.png")) == 0
-    shown = sorted(file.name for file in (tmp_path / "theirs" / "p").iterdir())
-    assert shown == sorted(file.name for file in (tmp_path / "ours" / "p").iterdir())
-    assert shown == [*(f"b-0{i}.png" for i in (1, 2)), *(f"c-0{i}.png" for i in (1, 2, 3, 4))]
-    for name in shown:
-        with Image.open(tmp_path / "ours" / "p" / name) as ours, Image.open(tmp_path / "theirs" / "p" / name) as theirs:
-            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
-
-
 @pytest.fixture(scope="session")
 def clip_bundle(tmp_path_factory: pytest.TempPathFactory, link_bundle: Callable[[Path, Path], Path]) -> Path:
     """The shipped bundle with encoders of CLIP's kind and random weights: its tokenizer, texts and pictures."""
     for name in ("torch", "transformers", "onnx"):
         pytest.importorskip(name)
     import torch
+    from safetensors.torch import save_file
     from transformers import (
         CLIPTextConfig,
         CLIPTextModelWithProjection,
@@ -350,6 +338,7 @@ def clip_bundle(tmp_path_factory: pytest.TempPathFactory, link_bundle: Callable[
     from cascade_export.checkpoints import open_checkpoint
     from cascade_export.exporter import export
     from cascade_export.job import ExportRequest
+    from cascade_export.models import Previewer, PreviewerConfig
     from cascade_rt.stages import PRECISIONS
 
     folder = tmp_path_factory.mktemp("clip")
@@ -371,9 +360,20 @@ def clip_bundle(tmp_path_factory: pytest.TempPathFactory, link_bundle: Callable[
     for name, module in (("text_encoder", texts), ("image_encoder", pictures)):
         reference.randomize(module, generator)
         module.save_pretrained(checkpoint / name)
+    previewer = Previewer(PreviewerConfig())
+    reference.randomize(previewer, generator)
+    (checkpoint / "previewer").mkdir()
+    state = {key: value for key, value in previewer.state_dict().items() if value.is_floating_point()}
+    save_file(state, checkpoint / "previewer" / "diffusion_pytorch_model.safetensors")
+    (checkpoint / "previewer" / "config.json").write_text("{}")
     bundle = link_bundle(TINY, folder / "bundle")
     wanted = ExportRequest(
-        stages=("text", "image"), precision=PRECISIONS["fp32"], out=bundle, quiet=True, verify=False, overwrite=True
+        stages=("text", "image", "previewer"),
+        precision=PRECISIONS["fp32"],
+        out=bundle,
+        quiet=True,
+        verify=False,
+        overwrite=True,
     )
     export(open_checkpoint(str(checkpoint), None), wanted)
     return bundle
@@ -394,6 +394,23 @@ WITH_CLIP = {
 def test_pictures_with_clips_encoders_are_the_same_bytes(both: Both, clip_bundle: Path, words: list[str]) -> None:
     made = both(*words, *SHORT, "--size", "128x192", bundle=clip_bundle)
     assert made[0].std() > 5
+
+
+@pytest.mark.parametrize("how", ["by a matrix", "by the previewer"])
+def test_previews_are_the_same_pictures(
+    built: Path, environment: dict[str, str], how: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bundle = TINY if how == "by a matrix" else request.getfixturevalue("clip_bundle")
+    words = ["a red circle", *SHORT, "--images", "2", "--provider", "cpu", "--quiet", "--bundle", str(bundle)]
+    for name, call in (("ours", lambda *w: run(built, environment, *w).returncode), ("theirs", lambda *w: main_run(w))):
+        (tmp_path / name).mkdir()
+        assert call(*words, "--preview", str(tmp_path / name / "p"), "-o", str(tmp_path / name / "x.png")) == 0
+    shown = sorted(file.name for file in (tmp_path / "theirs" / "p").iterdir())
+    assert shown == sorted(file.name for file in (tmp_path / "ours" / "p").iterdir())
+    assert shown == [*(f"b-0{i}.png" for i in (1, 2)), *(f"c-0{i}.png" for i in (1, 2, 3, 4))]
+    for name in shown:
+        with Image.open(tmp_path / "ours" / "p" / name) as ours, Image.open(tmp_path / "theirs" / "p" / name) as theirs:
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 REFUSED = [

@@ -179,3 +179,117 @@ TEST(Use, LongPromptsAreToldOf) {
   EXPECT_NE(told.find("this part of the prompt was cut off: 'red red"), std::string::npos) << told;
   EXPECT_NE(told.find("circle'"), std::string::npos) << told;
 }
+
+namespace {
+
+/// A red square on a slope of blue.
+Image scene(std::int64_t width, std::int64_t height) {
+  Image made;
+  made.width = width;
+  made.height = height;
+  for (std::int64_t y = 0; y < height; ++y) {
+    for (std::int64_t x = 0; x < width; ++x) {
+      const bool inside = x > width / 4 && x < width / 2 && y > height / 4 && y < height / 2;
+      const auto blue = static_cast<std::uint8_t>(x * 255 / width);
+      const std::uint8_t pixel[] = {static_cast<std::uint8_t>(inside ? 230 : 20), 30, inside ? std::uint8_t{20} : blue};
+      made.rgb.insert(made.rgb.end(), std::begin(pixel), std::end(pixel));
+    }
+  }
+  return made;
+}
+
+/// A LoRA file of rank 1 for one weight of the tiny cascade's Stage C.
+std::string lora_file(const std::string& name, std::size_t width = 160) {
+  const std::string key = "lora_prior_unet_down_blocks_0_2_attention_to_q.lora_";
+  const std::string size = std::to_string(width), bytes = std::to_string(width * 4);
+  const std::string header = "{\"" + key + "down.weight\": {\"dtype\": \"F32\", \"shape\": [1, " + size +
+                             "], \"data_offsets\": [0, " + bytes + "]}, \"" + key +
+                             "up.weight\": {\"dtype\": \"F32\", \"shape\": [" + size + ", 1], \"data_offsets\": [" + bytes +
+                             ", " + std::to_string(width * 8) + "]}}";
+  const std::string path = testing::TempDir() + name;
+  std::ofstream file(path, std::ios::binary);
+  for (std::size_t i = 0; i < 8; ++i) file.put(static_cast<char>((header.size() >> (8 * i)) & 255U));
+  file << header;
+  for (std::size_t i = 0; i < 2 * width; ++i) {
+    const float one = i % 3 == 0 ? 0.3F : -0.2F;
+    file.write(reinterpret_cast<const char*>(&one), sizeof one);
+  }
+  return path;
+}
+
+}  // namespace
+
+TEST(Use, PicturesComeAsPixels) {
+  Pipeline pipeline(bundle(), one_thread());
+  Tensors given;
+  given.init_image = scene(96, 64);
+  Request own = request({3});
+  own.height.reset();
+  own.width.reset();
+  own.strength = 0.7;
+  const auto begun = pipeline.generate(own, {}, given);
+  EXPECT_EQ(begun.images.at(0).width, 384);
+  EXPECT_EQ(begun.images.at(0).height, 256);
+  EXPECT_EQ(begun.timings.count("encoders"), 1U);
+  given.mask = Mask{96, 64, std::vector<std::uint8_t>(96 * 64)};
+  for (std::size_t i = 0; i < given.mask->free.size(); ++i) given.mask->free[i] = i % 96 < 40 ? 1 : 0;
+  const auto filled = pipeline.generate(own, {}, given);
+  EXPECT_NE(filled.images.at(0).rgb, begun.images.at(0).rgb);
+  given.mask->free.pop_back();
+  EXPECT_THROW(pipeline.generate(own, {}, given), RequestError);
+  given.mask = Mask{64, 96, std::vector<std::uint8_t>(96 * 64)};
+  EXPECT_THROW(pipeline.generate(own, {}, given), RequestError);
+  given = {};
+  given.images = {{scene(32, 32), 1.0}};
+  EXPECT_THROW(pipeline.generate(request({3}), {}, given), BundleError);  // tiny has no image encoder
+}
+
+TEST(Use, EncodeAndDecode) {
+  Pipeline pipeline(bundle(), one_thread());
+  const Image source = scene(128, 128);
+  Tensors given;
+  given.image_embeddings = pipeline.encode(source);
+  EXPECT_EQ(given.image_embeddings->shape, (std::vector<std::int64_t>{1, 16, 6, 6}));
+  Request own = request({1});
+  own.height.reset();
+  own.width.reset();
+  const auto again = pipeline.decode(own, given);
+  EXPECT_GT(reconstruction_psnr(source, again.images.at(0)), 15);
+  for (float& one : given.image_embeddings->data) one = -one;
+  EXPECT_LT(reconstruction_psnr(source, pipeline.decode(own, given).images.at(0)), 12);
+  EXPECT_EQ(pipeline.encode(source, 128, 256).shape, (std::vector<std::int64_t>{1, 16, 3, 6}));
+  EXPECT_THROW(pipeline.encode(source, 10, 10), RequestError);
+}
+
+TEST(Use, LoraFilesOnAndOff) {
+  const auto shared = bundle();
+  Pipeline pipeline(shared, one_thread());
+  const std::string file = lora_file("cascade-style.safetensors"), wide = lora_file("cascade-wide.safetensors", 168);
+  const auto plain = pipeline.generate(request({3})).images.at(0).rgb;
+  pipeline.load_lora_weights(file, 2.0);
+  const auto styled = pipeline.generate(request({3})).images.at(0).rgb;
+  EXPECT_NE(styled, plain);
+  EXPECT_THROW(pipeline.load_lora_weights(wide), CheckpointError);
+  EXPECT_THROW(pipeline.load_lora_weights(file, 1e9), RequestError);
+  EXPECT_THROW(pipeline.load_lora_weights(testing::TempDir() + "none.safetensors"), CheckpointError);
+  EXPECT_EQ(pipeline.generate(request({3})).images.at(0).rgb, styled);
+  EXPECT_EQ(Pipeline(shared, one_thread()).generate(request({3})).images.at(0).rgb, plain);
+  pipeline.unload_lora_weights();
+  EXPECT_EQ(pipeline.generate(request({3})).images.at(0).rgb, plain);
+  Request own = request({3});
+  own.loras = {{file, 2.0}};
+  EXPECT_EQ(pipeline.generate(own).images.at(0).rgb, styled);
+  EXPECT_EQ(pipeline.generate(request({3})).images.at(0).rgb, plain);
+}
+
+TEST(Use, PreviewsOfEveryStep) {
+  Pipeline pipeline(bundle(), one_thread());
+  std::vector<std::int64_t> widths;
+  pipeline.generate(request({1, 2}), [&](const Step& step) -> std::optional<Tensor> {
+    const auto pictures = step.preview();
+    EXPECT_EQ(pictures.size(), 2U);
+    widths.push_back(pictures.at(0).width);
+    return std::nullopt;
+  });
+  EXPECT_EQ(widths, (std::vector<std::int64_t>{3, 3, 3, 32, 32}));
+}

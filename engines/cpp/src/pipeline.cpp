@@ -344,7 +344,10 @@ struct Pipeline::Impl {
   }
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
-  ~Impl() { remove(lora_folder); }
+  ~Impl() {
+    engines.clear();  // they map files of the folder
+    remove(lora_folder);
+  }
 
   const Manifest& manifest() const { return bundle->impl().manifest; }
 
