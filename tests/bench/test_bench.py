@@ -284,11 +284,32 @@ def test_the_weights_of_a_step_are_those_that_its_graph_reads() -> None:
 
 def test_the_least_time_is_that_of_the_operations_or_of_the_weights_bytes() -> None:
     work = roofline.Work(flops=6e9, parameters=1e9)
-    roof = roofline.Roof(flops={"fp32": 3e9, "bf16": 1e18}, bytes=4e9)
+    roof = roofline.Roof(flops={"fp32": 3e9, "bf16": 1e18, "int8": 1e18}, bytes=4e9)
     assert work.seconds(roof, "fp32") == pytest.approx(2)
     assert work.seconds(roof, "bf16") == pytest.approx(0.5)  # two bytes a weight
+    assert work.seconds(roof, "int8") == pytest.approx(0.25)  # one byte
     assert work.seconds(roof, "fp16") is None
     assert roofline.count(job(jobs.PICTURE)) is None
+
+
+def test_int8_has_no_rival_of_its_own_and_is_compared_with_bf16_or_fp32(tmp_path: Path) -> None:
+    words = ["--stage", "c", "--precision", "fp32,bf16,int8", "--peer", "eager"]
+    asked = cli.make_jobs(cli.make_parser().parse_args(words), ["c"], dict.fromkeys(("fp32", "bf16", "int8"), "bundle"))
+    steps = [j for j in asked if j.what == "stage_c.step"]
+    assert {j.precision for j in steps if j.peer == "eager"} == {"fp32", "bf16"}
+    assert {j.precision for j in steps if j.peer == OURS} == {"fp32", "bf16", "int8"}
+    seconds = {("eager", "fp32"): 12.0, ("eager", "bf16"): 6.0, (OURS, "fp32"): 8.0, (OURS, "int8"): 3.0}
+    rows = {
+        j: replace(race._blank(j), median_s=seconds[j.peer, j.precision])
+        for j in steps
+        if (j.peer, j.precision) in seconds
+    }
+    compared = race._compare(dict(rows), {}, tmp_path / "feeds.npz", tmp_path, limit=1)
+    ratios = {(j.peer, j.precision): row.ratio_to_eager for j, row in compared.items()}
+    assert ratios == {("eager", "fp32"): 1, ("eager", "bf16"): 1, (OURS, "fp32"): 1.5, (OURS, "int8"): 2}
+    without = {j: row for j, row in rows.items() if (j.peer, j.precision) != ("eager", "bf16")}
+    compared = race._compare(without, {}, tmp_path / "feeds.npz", tmp_path, limit=1)
+    assert next(r.ratio_to_eager for j, r in compared.items() if j.precision == "int8") == 4
 
 
 def test_engines_on_the_cpu_share_its_roofline_whatever_runs_them() -> None:
