@@ -255,6 +255,7 @@ WITH_PICTURES = {
     "masked, low memory": ["a star", "--init", "@scene.png", "--mask", "@mask.png", "--low-memory", "--images", "2"],
     "decoded": ["a star", "--init", "@scene.png", "--strength", "0"],
     "reconstructed": ["--reconstruct", "@square.png"],
+    "varied": ["a blue star", "--image", "@scene.png:0.8", "--size", "128x192"],
 }
 
 
@@ -444,7 +445,6 @@ REFUSED = [
     ["a", "--image", "/nowhere/x.png"],
     ["a", "--image", "@scene.png:much"],
     ["a", "--image", "@scene.png:11"],
-    ["a", "--image", "@scene.png"],
     ["--reconstruct", "@scene.png", "--init", "@scene.png"],
     ["--reconstruct", "/nowhere/x.png"],
     ["a", "--lora", "/nowhere/x.safetensors"],

@@ -241,7 +241,12 @@ TEST(Use, PicturesComeAsPixels) {
   EXPECT_THROW(pipeline.generate(own, {}, given), RequestError);
   given = {};
   given.images = {{scene(32, 32), 1.0}};
-  EXPECT_THROW(pipeline.generate(request({3}), {}, given), BundleError);  // tiny has no image encoder
+  const auto varied = pipeline.generate(request({3}), {}, given).images.at(0).rgb;
+  EXPECT_NE(varied, pipeline.generate(request({3})).images.at(0).rgb);
+  given.images.front().weight = 11;
+  EXPECT_THROW(pipeline.generate(request({3}), {}, given), RequestError);
+  given.images.assign(9, {scene(32, 32), 1.0});
+  EXPECT_THROW(pipeline.generate(request({3}), {}, given), RequestError);
 }
 
 TEST(Use, EncodeAndDecode) {

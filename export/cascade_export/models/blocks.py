@@ -277,8 +277,6 @@ class Attention(nn.Module):
     """
 
     stream_scale = 1.0
-    one_operator = False
-    """Whether graphs have attention as one operator of ONNX Runtime's, which eager PyTorch cannot run."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -309,25 +307,16 @@ class Attention(nn.Module):
         if self_attention:
             key = torch.cat([self.to_k(x), key], dim=1)
             value = torch.cat([self.to_v(x), value], dim=1)
-        out = self._attend(self.to_q(x), key, value)
-        project = self.to_out[0]
-        assert isinstance(project, Linear)
-        divide = self.stream_scale / project.stored_scale
-        return linear(shrink(out, divide), project.weight, shrink(project.bias, divide))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Values ``[B, T, inner]`` for queries ``[B, N, inner]``."""
-        if self.one_operator:
-            operator = "com.microsoft::MultiHeadAttention"
-            attributes = {"num_heads": self.heads}
-            return torch.onnx.ops.symbolic(
-                operator, (query, key, value), attributes, dtype=query.dtype, shape=query.shape, version=1
-            )
-        query, key, value = (self._split_heads(t) for t in (query, key, value))
+        query, key, value = (self._split_heads(t) for t in (self.to_q(x), key, value))
         # written out: exported from `scaled_dot_product_attention`, keys are reshaped and transposed three times over
         # and both they and the queries are scaled
         scores = (query * (self.inner // self.heads) ** -0.5) @ key.transpose(-1, -2)
-        return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
+        out = scores.softmax(dim=-1) @ value
+        project = self.to_out[0]
+        assert isinstance(project, Linear)
+        divide = self.stream_scale / project.stored_scale
+        out = shrink(out.transpose(1, 2).flatten(2), divide)
+        return linear(out, project.weight, shrink(project.bias, divide))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         y: Tensor = x.unflatten(-1, (self.heads, self.inner // self.heads))
