@@ -223,7 +223,8 @@ def torch_module(bundle: Bundle, component: str, dtype: Any, device: str) -> Any
     record = bundle.manifest.models[component]
     if record.weights is None:
         raise SkipError(f"the bundle holds only TensorRT engine files of {component}, no weights")
-    config = {k: v for k, v in record.config.items() if not k.startswith("_")}
+    # where ControlNet residuals go in is a fact of ours, which diffusers' network does not have
+    config = {k: v for k, v in record.config.items() if not k.startswith("_") and k != "control_blocks"}
     with torch.device("meta"):
         if component in ("stage_c", "stage_b"):
             module = StableCascadeUNet(**config)

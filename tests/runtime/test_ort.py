@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from cascade_rt.backends import ort as ort_backend
 from cascade_rt.backends.base import EngineOptions
 from cascade_rt.backends.ort import OrtEngine, strays_of
 from cascade_rt.backends.ort_cuda import GRAPH_ID
-from cascade_rt.backends.ort_options import CONFIGURATION, TABLE, fixed_dimensions, records_calls, session_options
+from cascade_rt.backends.ort_options import (
+    CONFIGURATION,
+    TABLE,
+    _lacks_vnni,
+    fixed_dimensions,
+    records_calls,
+    session_options,
+)
 from cascade_rt.bundle import Bundle
 from cascade_rt.manifest import EngineRecord
 from cascade_rt.stages import PRECISIONS, AxisRange
@@ -280,6 +288,40 @@ def test_what_the_cpu_runs_is_found(bundle: Bundle) -> None:
     found = strays_of(ort.InferenceSession(path, options, providers=[TABLE["cpu"].ep]))
     assert "Conv" in found
     assert "Shape" not in found
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "precision", "exact"),
+    [
+        ("x86_64", "fpu avx2 avx512_vnni", "int8", False),
+        ("x86_64", "fpu avx2 avx_vnni", "int8", False),
+        ("x86_64", "fpu avx2", "int8", True),
+        ("x86_64", "fpu avx2", "fp32", False),
+        ("AMD64", None, "int8", True),  # no Linux: not known to have it
+        ("aarch64", "fpu", "int8", False),
+    ],
+)
+def test_int8_is_exact_where_the_processor_would_overflow(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, machine: str, flags: str | None, precision: str, exact: bool
+) -> None:
+    """Where it would not, nothing is set: unsigned weights take 2.5 times as long."""
+
+    def cpuinfo(path: Path, **_: object) -> str:
+        if flags is None:
+            raise FileNotFoundError
+        return f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: spectre_vnni\n"
+
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(Path, "read_text", cpuinfo)
+    _lacks_vnni.cache_clear()
+    record = replace(bundle.engine("stage_c.step", "onnx"), precision=PRECISIONS[precision])
+    made, _ = session_options("cpu", record, EngineOptions(), recording=False)
+    monkeypatch.undo()
+    _lacks_vnni.cache_clear()
+    try:
+        assert (made.get_session_config_entry("session.x64quantprecision") == "1") is exact
+    except RuntimeError:  # it was not set
+        assert not exact
 
 
 # --- what callers set -----------------------------------------------------

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 
 #include <algorithm>
 #include <utility>
@@ -275,6 +276,19 @@ class OrtEngine : public Engine {
   OrtSession* session_;
 };
 
+/// Whether this is an x86 processor that is not known to have VNNI; Linux says what it has.
+bool lacks_vnni() {
+#if defined(__x86_64__) || defined(_M_X64)
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    if (line.compare(0, 5, "flags") == 0) return line.find("_vnni") == std::string::npos;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
 struct OptionsHandle {
   const OrtApi* api;
   OrtSessionOptions* options = nullptr;
@@ -345,6 +359,9 @@ class OrtRuntime : public Runtime {
     }
     std::map<std::string, std::string> entries, own;
     for (const tables::Pair* pair = row.session; pair->key != nullptr; ++pair) entries[pair->key] = pair->value;
+    if (record.precision.linear == "int8" && lacks_vnni()) {
+      for (const tables::Pair* pair = tables::kExactInt8; pair->key != nullptr; ++pair) entries[pair->key] = pair->value;
+    }
     for (const tables::Pair* pair = row.options; pair->key != nullptr; ++pair) own[pair->key] = pair->value;
     if (std::string(row.device) == "cuda") own["device_id"] = std::to_string(options_.device_id);
     for (const auto& item : options_.provider_options) {

@@ -188,10 +188,12 @@ inline constexpr ProviderRow kProviders[] = {
 
 // ONNX Runtime's settings, by provider
 inline constexpr const char* kConfiguration[] = {"session.intra_op.allow_spinning", "session.intra_op.spin_duration_us", "session.force_spinning_stop", "session.intra_op_thread_affinities", "session.dynamic_block_base", "session.set_denormal_as_zero", "session.disable_prepacking", "session.use_device_allocator_for_initializers", "session.disable_cpu_ep_fallback", "session.record_ep_graph_assignment_info", nullptr};
+inline constexpr Pair kExactInt8[] = {
+    {"session.x64quantprecision", "1"},
+    {nullptr, nullptr}};
 inline constexpr Pair kSessionCpu[] = {
     {"session.force_spinning_stop", "1"},
     {"session.intra_op.spin_duration_us", "200"},
-    {"session.x64quantprecision", "1"},
     {nullptr, nullptr}};
 inline constexpr Pair kOptionsCpu[] = {
     {nullptr, nullptr}};
