@@ -28,12 +28,15 @@ def uninterrupted(work: Callable[[], T]) -> T:
     """
     results: list[T] = []
     errors: list[BaseException] = []
+    done = threading.Event()  # not Thread.is_alive: an interrupted join may take a running thread for ended
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:
             errors.append(error)
+        finally:
+            done.set()
 
     before = threading.stack_size(STACK_BYTES)
     try:
@@ -42,22 +45,22 @@ def uninterrupted(work: Callable[[], T]) -> T:
     finally:
         threading.stack_size(before)
     try:
-        while thread.is_alive():
-            thread.join(0.2)  # in slices: some systems do not interrupt a wait without an end
+        while not done.wait(0.2):  # in slices: some systems do not interrupt a wait without an end
+            pass
     except BaseException:
-        atexit.register(_end_with, thread)
+        atexit.register(_end_with, done)
         raise
     if errors:
         raise errors[0]
     return results[0]
 
 
-def _end_with(thread: threading.Thread) -> None:
+def _end_with(done: threading.Event) -> None:
     """End the process of an interrupted command at once if its work still goes on.
 
     Python would stop the thread where it next runs Python code, which aborts the process in the same way.
     """
-    if thread.is_alive():
+    if not done.is_set():
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
