@@ -9,7 +9,7 @@ PROMPT ?= a large red circle at the left on a blue background
 SEED ?= 0
 # tests of a file share what they set up, so that a file stays with one worker: tests/conftest.py has the groups
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
-PARALLEL = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist loadgroup --no-loadscope-reorder")
+PARALLEL = $(shell $(BIN)/python -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist loadscope --no-loadscope-reorder")
 
 .PHONY: help demo check test test-wheel lowest lint bench bench-gpu cpp cpp-needs try docs clean
 

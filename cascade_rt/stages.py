@@ -581,7 +581,7 @@ for _kind in CONTROLS:
 
 
 def stage_names() -> tuple[StageName, ...]:
-    """The words for stages on the command line: c, b, a, text, image, effnet, previewer."""
+    """The words for stages on the command line: c, b, a, and one for each other network, in the order of the table."""
     named_first = ("c", "b", "a")
     rest = dict.fromkeys(spec.stage for spec in ENGINES.values())
     return tuple(dict.fromkeys((*named_first, *rest)))

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -42,7 +42,6 @@ SLOW_FILES = (
     "parity/test_weighting.py",
     "serve/test_batcher.py",
     "serve/test_http.py",
-    "serve/test_image_prompts.py",
     "serve/test_loras.py",
     "serve/test_page.py",
     "serve/test_ray.py",
@@ -73,7 +72,6 @@ of every other file by itself. The longest groups come first, so that no worker 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist, which need not be installed")
     config.addinivalue_line(
         "markers",
         "covers(engine, kind): this test is the engine's export, parity or runtime test. It may not be skipped; one of "
@@ -98,17 +96,28 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if needs_torch and importlib.util.find_spec("torch") is None else None
 
 
+def group_of(path: PurePath) -> str:
+    """The group of `GROUPS` that a test's file belongs to, or the file itself."""
+    return next((name for pattern, name in GROUPS.items() if path.match(pattern)), path.as_posix())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of `SLOW_FILES`, which `make check` leaves out, and put them in order by `GROUPS`."""
-    order = [*GROUPS.values()]
-    places: dict[str, int] = {}
+    order = {name: place for place, name in enumerate(dict.fromkeys(GROUPS.values()))}
     for item in items:
         if any(item.path.match(pattern) for pattern in SLOW_FILES):
             item.add_marker(pytest.mark.slow)
-        group = next((name for pattern, name in GROUPS.items() if item.path.match(pattern)), None)
-        item.add_marker(pytest.mark.xdist_group(group or "/".join(item.path.parts[-2:])))
-        places[item.nodeid] = len(order) if group is None else order.index(group)
-    items.sort(key=lambda item: places[item.nodeid])
+    items.sort(key=lambda item: order.get(group_of(item.path), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which need not be installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give every group to one worker: xdist's own groups do nothing with pytest 9.2, whose node ids are constant."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = lambda nodeid: group_of(PurePath(nodeid.partition("::")[0]))
+    return scheduler
 
 
 @pytest.hookimpl(wrapper=True)

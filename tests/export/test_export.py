@@ -248,7 +248,7 @@ def test_half_precision_converts_the_weights(vqgan: Path, tmp_path: Path) -> Non
         (["--stage", "c", "--checkpoint", "VQGAN"], 2, "has no stage_c; --stage c needs one"),
         (["--stage", "d"], 2, "invalid choice: 'd'"),
         (["--stage", "a", "--size", "huge"], 2, "invalid choice: 'huge'"),
-        (["--stage", "a", "--precision", "int8"], 2, "invalid choice: 'int8'"),
+        (["--stage", "a", "--precision", "int7"], 2, "invalid choice: 'int7'"),
         (["--stage", "a", "--checkpoint", "random:-1"], 2, "write random or random:SEED"),
         ([], 2, "--stage; see cascade-export --help"),
         (["--stage", "a", "--checkpoint", "VQGAN", "--out", "/proc/nothing/here"], 1, "cannot be written"),

@@ -25,7 +25,7 @@ def cascade(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     stages: tuple[StageName, ...] = ("c", "b", "a", "text")
     if request.param == "shallow":
         add_controlnets(checkpoint)
-        stages = (*stages, "image", "effnet", "previewer", "canny", "inpainting", "super-resolution")
+        stages = (*stages, "image", "effnet", "previewer", "canny", "inpainting", "super-resolution", "picture")
     wanted = ExportRequest(stages=stages, precision=PRECISIONS["fp32"], out=folder / "bundle", quiet=True)
     export(open_checkpoint(str(checkpoint), None), wanted)
     if request.param == "shallow":

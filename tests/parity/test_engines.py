@@ -123,3 +123,18 @@ def test_encoder_engines(cascade: Cascade) -> None:
     wanted = module_of(cascade, "previewer")(torch.from_numpy(latents)).numpy()
     assert rel_l2(run(cascade, "previewer", {"latents": latents})["pixels"], wanted) <= BOUND
     assert rel_l2(run(cascade, "previewer", {"latents": -latents})["pixels"], wanted) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.covers("controlnet.canny", "runtime")
+@pytest.mark.covers("controlnet.inpainting", "runtime")
+@pytest.mark.covers("controlnet.super_resolution", "runtime")
+@pytest.mark.covers("controlnet.picture", "runtime")
+@pytest.mark.parametrize("cascade", ["shallow"], indirect=True)  # the one that has ControlNets
+def test_controlnet_engines(cascade: Cascade) -> None:
+    rng = np.random.default_rng(2)
+    for kind, channels in (("canny", 1), ("inpainting", 4), ("super_resolution", 16), ("picture", 3)):
+        control = rng.random((1, channels, 64, 96), dtype=np.float32)
+        wanted = module_of(cascade, f"controlnet_{kind}")(torch.from_numpy(control)).numpy()
+        assert rel_l2(run(cascade, f"controlnet.{kind}", {"control": control})["residuals"], wanted) <= BOUND
+        assert rel_l2(run(cascade, f"controlnet.{kind}", {"control": 1 - control})["residuals"], wanted) > 1e-3

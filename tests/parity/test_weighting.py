@@ -28,8 +28,8 @@ def encoded(cascade: Cascade, body: list[int]) -> tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize("cascade", ["shallow"], indirect=True)
 def test_weights_and_chunks(cascade: Cascade) -> None:
     tokenizer = cascade.theirs.prior_pipe.tokenizer
-    pieces = [("a ", 1.0), ("red", 1.5), (" cat on a mat", 1.0), (" it fits", 0.4)]
-    prompt = "a (red:1.5) cat on a mat( it fits:0.4)"
+    pieces = [("a ", 1.0), ("red", 1.5), (" cat on a mat", 1.0), (" it fits in the hat", 0.4)]
+    prompt = "a (red:1.5) cat on a mat( it fits in the hat:0.4)"
     tokens = [(t, w) for text, w in pieces for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
     room = tokenizer.model_max_length - 2
     chunks = [tokens[i : i + room] for i in range(0, len(tokens), room)]

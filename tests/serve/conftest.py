@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ from openai import OpenAI
 from PIL import Image
 
 from cascade_rt.bundle import Bundle
+from cascade_rt.manifest import MANIFEST
 from cascade_rt.serve.app import Settings, State, make_app
 from cascade_rt.serve.batcher import Limits
 from cascade_rt.serve.local import local_pool
@@ -126,3 +128,18 @@ def service(make_service: Callable[..., Service]) -> Service:
 @pytest.fixture(scope="session")
 def client(service: Service) -> OpenAI:
     return service.client()
+
+
+@pytest.fixture(scope="session")
+def plain_service(
+    make_service: Callable[..., Service],
+    shipped: Path,
+    link_bundle: Callable[[Path, Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Service:
+    """A service whose bundle has neither image encoder nor ControlNet."""
+    place = link_bundle(shipped, tmp_path_factory.mktemp("plain") / "bundle")
+    document = json.loads((place / MANIFEST).read_text())
+    document["engines"] = [e for e in document["engines"] if not e["name"].startswith(("image_encoder", "controlnet."))]
+    (place / MANIFEST).write_text(json.dumps(document))
+    return make_service(bundles={"plain": Bundle(place)})

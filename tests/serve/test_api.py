@@ -177,12 +177,14 @@ def test_an_edit_streams_events_of_its_own_kind(client: OpenAI, pipe: CascadePip
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
-def test_image_prompts_need_the_image_encoder(client: OpenAI, pipe: CascadePipeline) -> None:
+def test_image_prompts_need_the_image_encoder(plain_service: Service, pipe: CascadePipeline) -> None:
     file = io.BytesIO()
     pipe("a star", seed=0).images[0].save(file, "PNG")
     text = base64.b64encode(file.getvalue()).decode()
     with pytest.raises(openai.BadRequestError, match="image_encoder") as caught:
-        client.images.generate(prompt="a star", extra_body={"image_prompts": [{"image": text, "weight": 0.5}]})
+        plain_service.client().images.generate(
+            prompt="a star", extra_body={"image_prompts": [{"image": text, "weight": 0.5}]}
+        )
     assert caught.value.code == "unsupported"
 
 
@@ -197,12 +199,12 @@ def test_control_fields_reach_the_request(shipped: Path) -> None:
     assert (request.control_scale, request.control_kind, request.control_filtered) == (0.5, "canny", True)
 
 
-def test_a_control_picture_needs_a_controlnet(client: OpenAI, pipe: CascadePipeline) -> None:
+def test_a_control_picture_needs_a_controlnet(plain_service: Service, pipe: CascadePipeline) -> None:
     file = io.BytesIO()
     pipe("a star", seed=0).images[0].save(file, "PNG")
     text = base64.b64encode(file.getvalue()).decode()
     with pytest.raises(openai.BadRequestError, match=r"controlnet\.canny") as caught:
-        client.images.generate(prompt="a star", extra_body={"control_image": text})
+        plain_service.client().images.generate(prompt="a star", extra_body={"control_image": text})
     assert caught.value.code == "unsupported"
 
 

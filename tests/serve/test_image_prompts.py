@@ -1,69 +1,21 @@
-"""Pictures to vary over HTTP, on the shipped bundle with an image encoder of random weights beside it."""
+"""Pictures to vary over HTTP."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
-import pytest
 from PIL import Image
 
 from cascade_rt import CascadePipeline
-from cascade_rt.bundle import Bundle
 
-from .conftest import Service, pixels_of
-
-torch = pytest.importorskip("torch", reason="PyTorch is not installed: it makes the image encoder")
+from .conftest import pixels_of
 
 FAST: dict[str, Any] = {"num_inference_steps": 4, "decoder_num_inference_steps": 2, "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def seeing(
-    tmp_path_factory: pytest.TempPathFactory, shipped: Path, link_bundle: Callable[[Path, Path], Path]
-) -> Bundle:
-    """A bundle with an image encoder."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    from cascade_export.cli import main
-
-    folder = tmp_path_factory.mktemp("seeing")
-    place = link_bundle(shipped, folder / "bundle")
-    width = Bundle(place).engine("stage_c.context").spec.tensor("clip_img").axes[2]
-    torch.manual_seed(0)
-    encoder = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            projection_dim=width,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
-            hidden_act="quick_gelu",
-        )
-    )
-    encoder.save_pretrained(folder / "checkpoint/image_encoder")
-    flags = ["--stage", "image", "--size", "tiny", "--checkpoint", str(folder / "checkpoint"), "--quiet", "--no-verify"]
-    assert main([*flags, "--out", str(place)]) == 0
-    return Bundle(place)
-
-
-@pytest.fixture(scope="module")
-def pipe(seeing: Bundle) -> Iterator[CascadePipeline]:
-    with CascadePipeline.from_pretrained(seeing.path, provider="cpu") as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(make_service: Callable[..., Service], seeing: Bundle) -> openai.OpenAI:
-    return make_service(bundles={"seeing": seeing}).client()
 
 
 def picture(colour: str) -> tuple[Image.Image, str]:
