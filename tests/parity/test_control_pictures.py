@@ -235,7 +235,7 @@ def test_edges_are_opencvs() -> None:
     [
         (
             {"control_image": drawn()},
-            "4 ControlNets; say which with control_kind: canny, inpainting, picture, super_resolution",
+            "4 ControlNets; say which with control_kind: canny, inpainting, super_resolution, picture",
         ),
         ({"control_image": drawn(), "control_kind": "inpainting"}, "needs mask_image"),
         ({"control_kind": "canny"}, "control_kind is given without control_image"),
