@@ -47,7 +47,7 @@ test-wheel: $(VENV)/.dev ## the runtime's tests over the built wheel, without to
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) \
 		"$$(ls build/wheel/*.whl)[onnxruntime]" pytest hypothesis jsonschema
-	mkdir build/wheel/tests && cp -r tests/runtime tests/conftest.py tests/opened.py build/wheel/tests/
+	mkdir build/wheel/tests && cp -r tests/runtime tests/conftest.py tests/opened.py tests/lora_files.py build/wheel/tests/
 	cd build/wheel && venv/bin/python -c 'import importlib.util as u; assert u.find_spec("torch") is None'
 	cd build/wheel && venv/bin/python -m pytest -q -rs --durations=5 --import-mode=importlib -p no:cacheprovider \
 		-o pythonpath=tests -o markers="slow: takes longer than 2 s" tests
@@ -59,7 +59,7 @@ lowest: ## the runtime's tests over the lowest versions of what it needs (takes 
 	uv venv --quiet build/lowest/venv
 	uv pip install --quiet --python build/lowest/venv/bin/python -r build/lowest/pins.txt pytest hypothesis jsonschema
 	uv pip install --quiet --python build/lowest/venv/bin/python --no-deps .
-	mkdir build/lowest/tests && cp -r tests/runtime tests/conftest.py tests/opened.py build/lowest/tests/
+	mkdir build/lowest/tests && cp -r tests/runtime tests/conftest.py tests/opened.py tests/lora_files.py build/lowest/tests/
 	cd build/lowest && venv/bin/python -m pytest -q -rs --import-mode=importlib -p no:cacheprovider \
 		-o pythonpath=tests -o markers="slow: takes longer than 2 s" tests
 

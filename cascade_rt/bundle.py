@@ -7,7 +7,7 @@ import os
 import shlex
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .errors import BundleError, BundleNotFoundError, plain, refused
@@ -137,17 +137,21 @@ class Bundle:
                 parts.append(f"--sm {sm}")
         return " ".join([*filter(None, parts), _out(self.path)])
 
-    def tokenizer(self) -> PromptTokenizer:
+    def tokenizer(self, words: Mapping[str, tuple[int, ...]] | None = None) -> PromptTokenizer:
         """The tokenizer.
+
+        Args:
+            words: taught words, each with the ids that stand for it; None: none.
 
         Raises:
             BundleError: the bundle has none, or it is damaged.
+            RequestError: a word is in the vocabulary already.
         """
         record = self.manifest.tokenizer
         if record is None:
             command = self.command("text_encoder")
             raise BundleError(f"the bundle {name_of(self.path)} has no tokenizer; add it with: {command} --overwrite")
-        return PromptTokenizer(self.file(record.file), record)
+        return PromptTokenizer(self.file(record.file), record, words)
 
     def _rebuild(self) -> str:
         loras = dict.fromkeys(lora for model in self.manifest.models.values() for lora in model.loras)

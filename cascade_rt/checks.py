@@ -18,8 +18,21 @@ MAX_PIXELS = 4096
 MAX_GUIDANCE = 1000
 MAX_PICTURES = 1024
 MAX_PROMPT_CHARACTERS = 100_000
+MAX_WORD_LENGTH = 100
 MAX_TENSOR_VALUE = 1e6
 """Latents and embeddings have about unit size; a larger value is a mistake that would end in NaN."""
+
+
+def check_word(field: str, text: object) -> str:
+    """A word as it may stand in a prompt.
+
+    Raises:
+        RequestError: it is empty, too long, or has control characters or blanks around it.
+    """
+    fine = isinstance(text, str) and 0 < len(text) <= MAX_WORD_LENGTH and text.isprintable() and text == text.strip()
+    if not fine:
+        raise refused(field, text, f"a word of 1 to {MAX_WORD_LENGTH} printable characters, without blanks around it")
+    return str(text)
 
 
 def optional(check: Any, name: str, value: Any) -> Any:

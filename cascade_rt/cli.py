@@ -32,11 +32,12 @@ from .noise import MAX_SEED
 from .outputs import CascadeOutput
 from .pictures import encoder_pixels, open_picture
 from .pipeline import CascadePipeline
-from .request import ImagePrompt, LoopSettings, LoraFile, Request
+from .request import ImagePrompt, LoopSettings, LoraFile, Request, WordFile
 from .runner import StepEnd
 from .sampling import SAMPLERS
 from .seeds import new_seeds
 from .stages import CONTROLS
+from .words import word_path
 
 RUN_EXAMPLES = """examples:
   cascade-run "a red circle" -o circle.png --seed 0
@@ -46,6 +47,7 @@ RUN_EXAMPLES = """examples:
   cascade-run --image photo.jpg:0.8 "in winter" -o winter.png
   cascade-run "a green star" --init circle.png --strength 0.7 -o star.png
   cascade-run "a red star" --control star.png -o red-star.png
+  cascade-run "a photo of <cat>" --word cat.safetensors:<cat> -o cat.png
   cascade-run --reconstruct circle.png -o again.png
 """
 INFO_EXAMPLES = """examples:
@@ -99,6 +101,14 @@ def run_parser() -> argparse.ArgumentParser:
         type=as_place,
         metavar="FILE[:SCALE]",
         help="LoRA file to apply; repeatable",
+    )
+    add(
+        "--word",
+        action="append",
+        default=[],
+        type=as_place,
+        metavar="FILE[:WORD]",
+        help="file of a taught word (textual inversion), and what prompts call it; repeatable",
     )
     add("--reconstruct", type=as_place, metavar="FILE", help="encode a picture and decode it again, and print the PSNR")
     add(
@@ -221,6 +231,7 @@ def requested(args: argparse.Namespace) -> Request:
         control_kind=given_or(args.control_kind, base.control_kind),
         control_filtered=args.control_filtered or (base.control_filtered and control is None),
         loras=tuple(LoraFile(file=str(x.path), scale=x.scale) for x in map(parse_lora, args.lora)) or base.loras,
+        words=tuple(map(parse_word, args.word)) or base.words,
         prior=_loop(base.prior, args.steps, args.guidance),
         decoder=_loop(base.decoder, args.decoder_steps, args.decoder_guidance),
     )
@@ -259,6 +270,14 @@ def parse_weighted(flag: str, text: str) -> tuple[str, float]:
             f"{flag} {shown(text)}: {shown(tail)} is no {what}; write FILE or FILE:{what.upper()}, for example "
             "photo.jpg:0.8"
         ) from None
+
+
+def parse_word(text: str) -> WordFile:
+    """``FILE``, ``FILE:WORD``, or ``FILE:WORD,WORD`` for a file that teaches several words."""
+    head, colon, tail = text.rpartition(":")
+    if not colon or word_path(text).is_file():
+        return WordFile(file=text)
+    return WordFile(file=head, words=tuple(tail.split(",")))
 
 
 def check_output(path: Path) -> None:

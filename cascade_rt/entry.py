@@ -23,6 +23,7 @@ FLAGS = {
     "decoder.guidance_scale": "--decoder-guidance",
     "images": "--image",
     "loras": "--lora",
+    "words": "--word",
     "init_image": "--init",
     "strength": "--strength",
     "mask_image": "--mask",

@@ -49,7 +49,7 @@ _PEFT_KEY = re.compile(rf"({'|'.join(_PEFT)})\.(.+?)\.((?:lora_|alpha|dora_).*)"
 _NUMBERED = "weights."
 _NUMBERED_KEY = re.compile(r"weights\.(\d+)\.lora_(down|up)")
 # vectors of words that were taught beside the weights: the authors', ComfyUI's and OneTrainer's
-_WORDS = re.compile(r"embeddings\.(embeddings|indices)|clip_[gl]|emb_params|bundle_emb\..+")
+WORD_KEYS = re.compile(r"embeddings\.(embeddings|indices)|clip_[gl]|emb_params|bundle_emb\..+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Lora:
             )
         self.path, self.scale = path, scale
         self._tensors = TensorFile(path)
-        self.words = sum(1 for key in self._tensors.shapes if _WORDS.fullmatch(key))
+        self.words = sum(1 for key in self._tensors.shapes if WORD_KEYS.fullmatch(key))
         self.pairs = self._read_pairs()
 
     @property
@@ -143,7 +143,7 @@ class Lora:
         """(network, module) -> which half -> key."""
         halves: dict[tuple[str, str], dict[str, str]] = {}
         for key in self._tensors.shapes:
-            if _WORDS.fullmatch(key):
+            if WORD_KEYS.fullmatch(key):
                 continue
             component, target, kind = self._place(key)
             keys = halves.setdefault((component, target), {})

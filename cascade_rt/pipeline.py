@@ -27,7 +27,7 @@ from .outputs import CascadeOutput
 from .pictures import open_mask, open_picture, pictures_to_vary
 from .plan import Plan
 from .prior import PriorPipeline
-from .request import ControlKind, LoopSettings, LoraFile, Prompt, PromptSyntax, Request, Tensors
+from .request import ControlKind, LoopSettings, LoraFile, Prompt, PromptSyntax, Request, Tensors, WordFile
 from .runner import Callback, Runner, StepEnd, check_step_end
 from .sampling import SamplerName
 from .seeds import seeds_and_noise
@@ -130,14 +130,57 @@ class CascadePipeline:
         """
         added = Request(prompt="", loras=(LoraFile(file=os.fspath(file), scale=scale),)).loras
         with self._runner.turn():
-            self._runner.apply_loras((*self._runner.loras, *added))
+            self._runner.change((*self._runner.loras, *added), self._runner.words)
             self._runner.loras += added
 
     def unload_lora_weights(self) -> None:
         """Take all LoRA files of `load_lora_weights` off again: pictures are what they were, bit for bit."""
         with self._runner.turn():
             self._runner.loras = ()
-            self._runner.apply_loras(())
+            self._runner.change((), self._runner.words)
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        token: str | Sequence[str | None] | None = None,
+    ) -> None:
+        """Teach the text encoder words for every request from now on. The bundle stays as it is.
+
+        Args:
+            pretrained_model_name_or_path: a ``.safetensors`` file, a folder with ``learned_embeds.safetensors``, or a
+                list of these.
+            token: what the word is called in prompts; None: what the file calls it. Of a list of files: a list with
+                one for each; of one file that teaches several words: a list of their names.
+
+        Raises:
+            RequestError: a word that is not accepted, or is in the vocabulary already.
+            CheckpointError: a file is missing or damaged, or is for another text encoder.
+            BundleError: the bundle has no text encoder.
+            EngineError: the provider runs TensorRT engine files, whose weights cannot be exchanged.
+        """
+        request = Request(prompt="", words=_word_files(pretrained_model_name_or_path, token))
+        with self._runner.turn():
+            words = (*self._runner.words, *self._runner.read_words(request.words))
+            self._runner.change(self._runner.loras, words)
+            self._runner.words = words
+
+    def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
+        """Forget words of `load_textual_inversion`; without any, pictures are what they were, bit for bit.
+
+        Args:
+            tokens: which; None: all.
+
+        Raises:
+            RequestError: a word that is not taught.
+        """
+        with self._runner.turn():
+            known = [word.text for word in self._runner.words]
+            gone = known if tokens is None else [tokens] if isinstance(tokens, str) else list(tokens)
+            if unknown := [text for text in gone if text not in known]:
+                raise refused("tokens", unknown[0], f"of the words that are taught: {', '.join(known) or 'none'}")
+            words = tuple(word for word in self._runner.words if word.text not in gone)
+            self._runner.change(self._runner.loras, words)
+            self._runner.words = words
 
     def encode(self, image: Any, height: int | None = None, width: int | None = None) -> NDArray[np.float32]:
         """The semantic latents of a picture: what Stage C would make of it.
@@ -371,3 +414,21 @@ class CascadePipeline:
             StepEnd(self.decoder, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs)),
         )
         return out if return_dict else (out.images,)
+
+
+def _word_files(files: Any, token: Any) -> tuple[WordFile, ...]:
+    """The arguments of `CascadePipeline.load_textual_inversion` as files with words.
+
+    Raises:
+        RequestError: lists of different lengths.
+    """
+    if isinstance(files, str | os.PathLike):
+        words = None if token is None else (token,) if isinstance(token, str) else tuple(token)
+        return (WordFile(file=os.fspath(files), words=words),)
+    names = [None] * len(files) if token is None else [token] if isinstance(token, str) else list(token)
+    if len(names) != len(files):
+        raise refused("token", token, f"None, or a list of {len(files)}, one for every file")
+    return tuple(
+        WordFile(file=os.fspath(file), words=None if name is None else (name,))
+        for file, name in zip(files, names, strict=True)
+    )

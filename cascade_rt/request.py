@@ -29,6 +29,7 @@ from .checks import (
     check_scale,
     check_seeds,
     check_share,
+    check_word,
     optional,
 )
 from .errors import RequestError, refused, shown
@@ -44,6 +45,8 @@ OutputType = Literal["pil", "np", "latent"]
 
 MAX_LORAS = 16
 MAX_LORA_SCALE = 1000
+MAX_WORD_FILES = 16
+MAX_WORDS = 64
 MAX_CONTROL_SCALE = 10
 
 PromptSyntax = Literal["plain", "weighted"]
@@ -98,6 +101,19 @@ class LoraFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordFile:
+    """A file of taught words that prompts may use while the request runs.
+
+    Attributes:
+        file: path of a ``.safetensors`` file.
+        words: how its words are called in prompts, one for each; None: as the file says.
+    """
+
+    file: str
+    words: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """Everything that one call asks for. Plain data; every field is checked when it is made.
 
@@ -127,6 +143,7 @@ class Request:
         control_kind: which ControlNet; None: the only one of the bundle.
         control_filtered: ``control_image`` shows already what the kind's filter would find in it, white on black.
         loras: LoRA files that are applied, beside those of `CascadePipeline.load_lora_weights`.
+        words: files of taught words, beside those of `CascadePipeline.load_textual_inversion`.
         output_type: ``pil``, ``np`` or ``latent``.
 
     Raises:
@@ -154,6 +171,7 @@ class Request:
     control_kind: ControlKind | None = None
     control_filtered: bool = False
     loras: tuple[LoraFile, ...] = ()
+    words: tuple[WordFile, ...] = ()
     output_type: OutputType = "pil"
 
     def __post_init__(self) -> None:
@@ -180,6 +198,7 @@ class Request:
             "control_kind": _kind_or_none(self.control_kind),
             "control_filtered": check_bool("control_filtered", self.control_filtered),
             "loras": _lora_files(self.loras),
+            "words": _word_files(self.words),
             "output_type": check_choice("output_type", self.output_type, get_args(OutputType)),
         }
         for name, value in put.items():
@@ -333,6 +352,26 @@ def _lora_files(loras: Any) -> tuple[LoraFile, ...]:
         if not isinstance(given, LoraFile) or not isinstance(given.file, str) or not given.file or "\0" in given.file:
             raise refused(name, one, "an object with file and scale")
         made.append(LoraFile(file=given.file, scale=check_number(f"{name}.scale", given.scale, MAX_LORA_SCALE)))
+    return tuple(made)
+
+
+def _word_files(files: Any) -> tuple[WordFile, ...]:
+    if not isinstance(files, list | tuple) or len(files) > MAX_WORD_FILES:
+        raise refused("words", files, f"a list of up to {MAX_WORD_FILES} files with words")
+    made = []
+    for index, one in enumerate(files):
+        name = f"words[{index}]"
+        if isinstance(one, Mapping) and (set(one) - {"file", "words"} or "file" not in one):
+            raise refused(name, one, "an object with file and words")
+        given = WordFile(**one) if isinstance(one, Mapping) else one
+        if not isinstance(given, WordFile) or not isinstance(given.file, str) or not given.file or "\0" in given.file:
+            raise refused(name, one, "an object with file and words")
+        words = given.words
+        if words is not None:
+            if not isinstance(words, list | tuple) or not 1 <= len(words) <= MAX_WORDS:
+                raise refused(f"{name}.words", words, f"null, or a list of 1 to {MAX_WORDS} words")
+            words = tuple(check_word(f"{name}.words", word) for word in words)
+        made.append(WordFile(file=given.file, words=words))
     return tuple(made)
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,13 +32,15 @@ from .loop import Context, Denoising, Kept, Step, StepBatch
 from .lora import Lora, lora_path
 from .noise import PictureNoise
 from .outputs import CascadeOutput, PriorOutput
-from .overlay import label_of, write_overlay
+from .overlay import label_of, table_shape, text_weights, write_overlay
 from .pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open_picture
 from .plan import CONTROL, STAGE_C, ControlPlan, DenoiserName, InitPlan, LoopPlan, Part, Plan, plan
-from .request import LoraFile, Request, Tensors, check_tensors
+from .request import LoraFile, Request, Tensors, WordFile, check_tensors
 from .sampling import cosine_alpha_bar, diffuse, timestep_embedding
 from .sizes import range_of, shape_of
 from .stages import ENGINES
+from .text import PromptTokenizer
+from .words import Word, read_words, rows_of, word_path
 
 Array = NDArray[np.float32]
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
@@ -87,8 +90,11 @@ class Runner:
         self.interrupted = threading.Event()
         self.loras: tuple[LoraFile, ...] = ()
         """Applied to every request, beside its own."""
-        self._loras = ""
-        self._lora_folder: Path | None = None
+        self.words: tuple[Word, ...] = ()
+        """Taught for every request, beside its own."""
+        self._changes = ""
+        self._word_ids: Mapping[str, tuple[int, ...]] = {}
+        self._folder: Path | None = None
         self._turn = threading.Lock()
         self._running: int | None = None
         self._process = os.getpid()
@@ -145,7 +151,7 @@ class Runner:
         """
         if self._process != os.getpid():  # forked, perhaps while a thread of the parent had its turn, for ever
             self._process, self._turn, self._running = os.getpid(), threading.Lock(), None
-            self._lora_folder = None  # the parent's
+            self._folder = None  # the parent's
         if self._running == threading.get_ident():
             raise RequestError("a pipeline cannot be called from its own callback; use a second pipeline there")
         with self._turn:
@@ -165,35 +171,69 @@ class Runner:
         timings[name] = timings.get(name, 0.0) + time.perf_counter() - started - loading
         timings["load"] = timings.get("load", 0.0) + loading
 
-    def apply_loras(self, wanted: Sequence[LoraFile]) -> None:
-        """Have the engines run with these LoRA files, and with no others.
+    def change(self, wanted: Sequence[LoraFile], words: Sequence[Word]) -> None:
+        """Have the engines run with these LoRA files and words, and with no others.
 
         Raises:
             CheckpointError: a file is missing or damaged, or does not fit the bundle.
+            RequestError: a word is in the vocabulary already, or taught twice.
+            BundleError: there are words, and the bundle has no text encoder.
             EngineError: the provider runs TensorRT engine files, whose weights cannot be exchanged.
             OutputError: there is no room for the changed weights.
         """
         loras = [Lora(lora_path(one.file), one.scale) for one in wanted if one.scale != 0]
-        label = label_of(loras)
-        if label == self._loras:
+        label = label_of(loras, words)
+        if label == self._changes:
             return
-        folder = Path(tempfile.mkdtemp(prefix="cascade-lora-")) if loras else None
+        for lora in loras:
+            if lora.words and not words:
+                warnings.warn(
+                    f"{name_of(lora.path.name)} has taught words beside its weights, which are not read with those; "
+                    "for them give the file to --word (load_textual_inversion) too",
+                    stacklevel=4,
+                )
+        engines = self.engines.manifest.engines
+        ids: Mapping[str, tuple[int, ...]] = {}
+        if words:
+            ids = rows_of(words, table_shape(text_weights(self.bundle, engines))[0])
+            self.bundle.tokenizer(ids)  # it takes them
+        folder = Path(tempfile.mkdtemp(prefix="cascade-changed-")) if label else None
         try:
-            files = (
-                set() if folder is None else write_overlay(self.bundle, self.engines.manifest.engines, loras, folder)
-            )
+            files = set() if folder is None else write_overlay(self.bundle, engines, loras, words, folder)
         except BaseException:
             self._remove(folder)
             raise
-        before, self._lora_folder = self._lora_folder, folder
+        before, self._folder = self._folder, folder
         self.engines.use_overlay(folder, files, label)
-        self._loras = label
+        self._changes, self._word_ids = label, ids
         self._remove(before)
 
-    def _load_loras(self, request: Request, timings: dict[str, float]) -> None:
-        """Apply a request's LoRA files; what that takes counts as loading."""
+    def read_words(self, files: Iterable[WordFile]) -> tuple[Word, ...]:
+        """The words of files, for this bundle's text encoder.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or is for another text encoder.
+            RequestError: a file does not say what its words are called.
+            BundleError: the bundle has no text encoder.
+        """
+        wanted = tuple(files)
+        if not wanted:
+            return ()
+        width = table_shape(text_weights(self.bundle, self.engines.manifest.engines))[1]
+        return tuple(word for one in wanted for word in read_words(word_path(one.file), one.words, width))
+
+    def tokenizer(self) -> PromptTokenizer:
+        """The bundle's tokenizer, with the words that are taught now.
+
+        Raises:
+            BundleError: the bundle has none, or it is damaged.
+        """
+        return self.bundle.tokenizer(self._word_ids)
+
+    def _load_changes(self, request: Request, timings: dict[str, float]) -> None:
+        """Apply a request's LoRA files, and teach its words; what that takes counts as loading."""
         started = time.perf_counter()
-        self.apply_loras((*self.loras, *request.loras))
+        self.change((*self.loras, *request.loras), (*self.words, *self.read_words(request.words)))
         timings["load"] = time.perf_counter() - started
 
     @staticmethod
@@ -204,13 +244,13 @@ class Runner:
     def close(self) -> None:
         """Give back every engine, and remove changed weights; a forked child leaves those to its parent."""
         self.engines.close()
-        before, self._lora_folder = self._lora_folder, None
+        before, self._folder = self._folder, None
         if self._process == os.getpid():
             self._remove(before)
 
     def encode(self, texts: Sequence[Text]) -> tuple[Array, Array]:
         """Hidden states ``[N, L, E]`` and pooled ``[N, 1, P]`` of texts."""
-        return encode_texts(texts, self.bundle.tokenizer(), self.engines.call)
+        return encode_texts(texts, self.tokenizer(), self.engines.call)
 
     def embed(
         self, planned: Plan, given: Tensors, timings: dict[str, float], encode: EncodeTexts | None = None
@@ -225,7 +265,7 @@ class Runner:
                 texts of all of them in one call.
         """
         with self.timed(timings, "text_encoder"):
-            texts = embed_texts(planned, given, self.bundle.tokenizer, encode or self.encode)
+            texts = embed_texts(planned, given, self.tokenizer, encode or self.encode)
             self._check_tokens(planned, texts)
         if not given.images and planned.init is None and planned.control is None:
             return replace(texts, images=given.image_embeds)
@@ -302,7 +342,7 @@ class Runner:
             end: told of Stage B's steps.
         """
         timings: dict[str, float] = {}
-        self._load_loras(planned.request, timings)
+        self._load_changes(planned.request, timings)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         with self.engines.together(*planned.engine_keys):
             texts = self.embed(planned, given, timings)
@@ -312,7 +352,7 @@ class Runner:
     def prior(self, planned: Plan, given: Tensors, end: StepEnd) -> PriorOutput:
         """Run a plan whose part is ``prior``; arguments as in `picture`."""
         timings: dict[str, float] = {}
-        self._load_loras(planned.request, timings)
+        self._load_changes(planned.request, timings)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         with self.engines.together(*planned.engine_keys):
             texts = self.embed(planned, given, timings)
@@ -331,7 +371,7 @@ class Runner:
     def decoder(self, planned: Plan, given: Tensors, end: StepEnd) -> CascadeOutput:
         """Run a plan whose part is ``decoder``; arguments as in `picture`."""
         timings: dict[str, float] = {}
-        self._load_loras(planned.request, timings)
+        self._load_changes(planned.request, timings)
         noise = PictureNoise(planned.request.noise, planned.seeds, planned.pictures)
         embeddings = np.repeat(given.image_embeddings, planned.pictures // len(given.image_embeddings), axis=0)
         with self.engines.together(*planned.engine_keys):

@@ -7,6 +7,7 @@ A tensor in 8 bits lies there as the product of an engine takes it, ``[in, out]`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -17,14 +18,16 @@ from numpy.typing import NDArray
 
 from .errors import CheckpointError
 from .files import name_of
+from .graph import Moved
 from .schema import parse_json, validated
-from .tensor_file import Array, TensorFile, put, put_bytes
+from .tensor_file import Array, TensorFile, put, put_bytes, stored_bytes
 
 DIVIDED = "divided"
 """Key of the metadata: JSON, tensor name -> the power of two that it is stored divided by."""
 QUANTISED = "quantised"
 """Key of the metadata: JSON, name of a tensor in 8 bits -> its shape in the checkpoint."""
 _LARGEST = 127
+_ALIGNMENT = 4096  # providers map files page by page
 _Factor = Annotated[float, Meta(gt=0, le=2.0**60)]
 _Shape = Annotated[tuple[Annotated[int, Meta(ge=1, le=1 << 31)], ...], Meta(min_length=2, max_length=8)]
 
@@ -131,3 +134,27 @@ class StoredWeights:
         made, scales = quantised(values)
         put_bytes(copy, places[name], made.tobytes())
         put(copy, places[scales_of(name)], scales)
+
+    def enlarge(self, copy: Path, name: str, rows: Array) -> Moved:
+        """Write a table with further rows at the end of a copy of the file; the table before stays where it is.
+
+        Args:
+            copy: of the file.
+            name: of the table, ``[rows, ...]``.
+            rows: float32, behind its own, as the checkpoint would have them.
+
+        Raises:
+            CheckpointError: the rows do not fit the dtype.
+        """
+        place = self._file.places[name]
+        if name in self._quantised:
+            raise CheckpointError(f"{name_of(copy)} holds {name} in 8 bits, and rows cannot be added to those")
+        stored = stored_bytes(copy, place.dtype, rows / np.float32(self._divided.get(name, 1.0)))
+        with copy.open("r+b") as file:
+            file.seek(place.start)
+            table = file.read(place.stop - place.start)
+            offset = -(-file.seek(0, os.SEEK_END) // _ALIGNMENT) * _ALIGNMENT
+            file.seek(offset)
+            file.write(table)
+            file.write(stored)
+        return Moved(start=place.start, rows=place.shape[0] + len(rows), offset=offset, length=len(table) + len(stored))

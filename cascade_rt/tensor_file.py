@@ -200,11 +200,25 @@ def put(path: Path, place: Place, values: Array) -> None:
     Raises:
         CheckpointError: the values do not fit the dtype.
     """
+    put_bytes(path, place, stored_bytes(path, place.dtype, values))
+
+
+def stored_bytes(path: Path, dtype: str, values: Array) -> bytes:
+    """Float32 values as a file holds them.
+
+    Args:
+        path: of the file, for messages.
+        dtype: in which it holds them.
+        values: any shape.
+
+    Raises:
+        CheckpointError: the values do not fit the dtype.
+    """
     with np.errstate(over="ignore"):
-        stored = narrowed(values, place.dtype)
-    if place.dtype == "F16" and not np.isfinite(stored).all():
+        stored = narrowed(values, dtype)
+    if dtype == "F16" and not np.isfinite(stored).all():
         raise CheckpointError(f"a changed weight is beyond fp16, in which {name_of(path)} holds it")
-    put_bytes(path, place, np.ascontiguousarray(stored).tobytes())
+    return np.ascontiguousarray(stored).tobytes()
 
 
 def put_bytes(path: Path, place: Place, stored: bytes) -> None:

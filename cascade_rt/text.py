@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
-from .errors import BundleError, plain, shortened, shown
+from .errors import BundleError, RequestError, plain, shortened, shown
 from .files import MIB, name_of, read_bounded
 from .manifest import TokenizerRecord
 from .weighting import Chunk, TokenRow, parse_weights
@@ -26,15 +26,17 @@ class PromptTruncatedWarning(UserWarning):
 class PromptTokenizer:
     """A CLIP tokenizer: start token, words, end token, padding to a fixed length."""
 
-    def __init__(self, path: Path, record: TokenizerRecord) -> None:
+    def __init__(self, path: Path, record: TokenizerRecord, words: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """Read a tokenizer.
 
         Args:
             path: ``tokenizer.json``.
             record: what the manifest says of it.
+            words: taught words, each with the ids that stand for it; None: none.
 
         Raises:
             BundleError: it is missing, or no tokenizer that gives a prompt a start and an end.
+            RequestError: a word is in the vocabulary already.
         """
         self._record = record
         try:
@@ -57,6 +59,30 @@ class PromptTokenizer:
                 f"{name_of(path)} gives an empty prompt {len(ends)} tokens; it must be 2 (a start and an end) "
                 f"to {record.max_length}"
             )
+        self._taught = {self._teach(word): ids for word, ids in (words or {}).items()}
+
+    def _teach(self, word: str) -> int:
+        """Read a word as one token from now on, and return that token's id.
+
+        The word is normalised as prompts are: where those are read in lower case, its case does not count either.
+        """
+        normalizer = self._tokenizer.normalizer
+        read_as = word if normalizer is None else normalizer.normalize_str(word)
+        if any(self._tokenizer.token_to_id(text) is not None for text in (word, read_as)):
+            raise RequestError(
+                f"the word {shown(word)} is in the vocabulary already; give it another name, for example "
+                f"{shown(f'<{word}>')}",
+                field="words",
+            )
+        self._tokenizer.add_tokens([AddedToken(read_as, normalized=True)])
+        made = self._tokenizer.token_to_id(read_as)
+        assert made is not None  # it was just added
+        return made
+
+    def _ids(self, encoding: Encoding) -> list[tuple[int, int]]:
+        """The tokens of a text, each with the place in the text where it begins."""
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        return [(id_, start) for token, (start, _) in pairs for id_ in self._taught.get(token, (token,))]
 
     def chunks(self, field: str, prompt: str) -> list[Chunk]:
         """A prompt whose brackets are weights (`parse_weights`), in as many chunks as it needs; at least one.
@@ -71,8 +97,8 @@ class PromptTokenizer:
         start, *_, end = self._tokenizer.encode("").ids
         tokens: list[tuple[int, float]] = []
         for piece in parse_weights(field, prompt):
-            ids = self._tokenizer.encode(piece.text, add_special_tokens=False).ids
-            tokens += [(token, piece.weight) for token in ids]
+            encoding = self._tokenizer.encode(piece.text, add_special_tokens=False)
+            tokens += [(token, piece.weight) for token, _ in self._ids(encoding)]
         room = self._record.max_length - 2
         made = []
         for first in range(0, max(len(tokens), 1), room):
@@ -99,11 +125,11 @@ class PromptTokenizer:
             if not isinstance(prompt, str):
                 ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
                 continue
-            encoding = next(encodings)
-            tokens = encoding.ids
+            found = self._ids(next(encodings))
+            tokens = [token for token, _ in found]
             if len(tokens) > length:
                 # the prompt's own words from the first lost token on; the last token is the end token
-                lost = prompt[encoding.offsets[length - 1][0] :].strip()
+                lost = prompt[found[length - 1][1] :].strip()
                 warnings.warn(
                     f"the text encoder takes {length} tokens; this part of the prompt was cut off: {shown(lost)} "
                     f"({len(lost)} characters)",

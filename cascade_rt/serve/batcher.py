@@ -901,7 +901,7 @@ def _encode_together(runner: Runner, pictures: Iterable[Picture]) -> None:
 
     for asked, planned in new.items():
         with _refusing(asked):
-            embed_texts(planned, asked.given, runner.bundle.tokenizer, gather)
+            embed_texts(planned, asked.given, runner.tokenizer, gather)
     if all(asked.refusal is not None for asked in new):
         return
     hidden, pooled = runner.encode(list(texts))

@@ -110,7 +110,7 @@ class Variants:
         engines = self._models[model].engines
         made = Runner(engines.bundle, engines.provider, False, engines.options)
         try:
-            made.apply_loras(loras)
+            made.change(loras, ())
         except (CheckpointError, EngineError) as error:
             made.close()
             raise RequestError(str(error), field="loras") from error

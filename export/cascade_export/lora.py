@@ -129,5 +129,8 @@ def with_loras(
             count = sum(pair.component == name for pair in lora.pairs)
             report(f"{lora.label}: {count} products for {name}{'' if name in asked else ', which is not exported now'}")
         if lora.words:
-            report(f"{lora.label}: the words that were taught beside the weights are left out")
+            report(
+                f"{lora.label}: the words that were taught beside the weights are left out; when pictures are made, "
+                "give them with: cascade-run --word FILE[:WORD]"
+            )
     return LoraCheckpoint(checkpoint, loras)

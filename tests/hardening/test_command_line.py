@@ -121,11 +121,14 @@ def test_pictures(room: Path, flag: str) -> None:
         assert sorted(room.iterdir()) == before
 
 
-def test_lora_files(room: Path) -> None:
+@pytest.mark.parametrize("flag", ["--lora", "--word"])
+def test_lora_files_and_words(room: Path, flag: str) -> None:
     for name, said in make_odd(room).items():
         before = sorted(room.iterdir())
         beyond = {"read": "safetensors", "has 1099511627776 bytes": "safetensors", "symbolic links": "loop.png"}
-        check_line(typed(main_run, "x", f"--lora={name}"), beyond.get(said, said), code=None)
+        if flag == "--word" and name == "folder.png":  # as diffusers, it looks into folders
+            beyond[said] = "folder.png/learned_embeds.safetensors"
+        check_line(typed(main_run, "x", f"{flag}={name}"), beyond.get(said, said), code=None)
         assert sorted(room.iterdir()) == before
 
 
@@ -136,7 +139,9 @@ def test_weights_and_scales(room: Path, flag: str, suffix: str) -> None:
     check_line(typed(main_run, "x", f"{flag}=good.png{suffix}"))
 
 
-@pytest.mark.parametrize("flag", ["--bundle", "--from", "--init", "--mask", "--image", "--lora", "--reconstruct", "-o"])
+@pytest.mark.parametrize(
+    "flag", ["--bundle", "--from", "--init", "--mask", "--image", "--lora", "--word", "--reconstruct", "-o"]
+)
 def test_an_empty_name_is_not_the_current_folder(room: Path, flag: str) -> None:
     check_line(typed(main_run, "x", flag, ""), flag, "'' is no name of a file or folder", code=2)
     assert contents(room) == {}

@@ -175,7 +175,7 @@ def test_a_child_that_closes_leaves_changed_weights_to_its_parent(shipped: Path,
     pipe = CascadePipeline.from_pretrained(shipped, provider="cpu")
     folder = tmp_path / "changed"
     folder.mkdir()
-    pipe._runner._lora_folder = folder
+    pipe._runner._folder = folder
     child = os.fork()
     if child == 0:
         pipe.close()

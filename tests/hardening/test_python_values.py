@@ -33,6 +33,7 @@ COMPLETE: dict[str, Any] = {
     "strength": 0.5,
     "mask_image": "c.png",
     "loras": [{"file": "d.safetensors", "scale": 1.0}],
+    "words": [{"file": "e.safetensors", "words": ["<cat>"]}],
     "output_type": "pil",
 }
 
@@ -56,6 +57,7 @@ def test_no_field_takes_what_it_is_not(field: str, name: str) -> None:
     taken = {
         "images": ("empty list",),
         "loras": ("empty list",),
+        "words": ("empty list",),
         "init_image": ("superscript", "escapes", "lone surrogate", "numpy text"),
         "mask_image": ("superscript", "escapes", "lone surrogate", "numpy text"),
     }.get(field, ())

@@ -30,6 +30,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "--image": ("x", "--image", PRINTABLE),
     "--lora": ("x", "--lora", PRINTABLE),
     "--lora scale": ("x", "--lora", f"x.safetensors:{PRINTABLE}"),
+    "--word": ("x", "--word", PRINTABLE),
+    "--word word": ("x", "--word", f"x.safetensors:{PRINTABLE}"),
     "--preview": ("x", "--preview", f"{PRINTABLE}/x"),
     "--size": ("x", "--size", PRINTABLE),
     "--steps": ("x", "--steps", PRINTABLE),

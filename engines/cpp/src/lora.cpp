@@ -497,7 +497,7 @@ std::set<std::string> write_overlay(const Bundle& bundle, const Records& engines
                     fs::copy_options::overwrite_existing);
     }
   } catch (const std::system_error& failure) {  // also std::filesystem::filesystem_error
-    throw OutputError("weights with LoRA files cannot be written to " + name_of(folder) + ": " +
+    throw OutputError("changed weights cannot be written to " + name_of(folder) + ": " +
                       failure.code().message());
   }
   return made;

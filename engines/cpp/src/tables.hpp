@@ -63,6 +63,7 @@ inline constexpr Pair kRequestFields[] = {
     {"control_kind", "null"},
     {"control_filtered", "false"},
     {"loras", "[]"},
+    {"words", "[]"},
     {"output_type", "\"pil\""},
     {nullptr, nullptr}};
 inline constexpr Pair kLoopFields[] = {
@@ -89,6 +90,7 @@ inline constexpr Pair kFlags[] = {
     {"decoder.guidance_scale", "--decoder-guidance"},
     {"images", "--image"},
     {"loras", "--lora"},
+    {"words", "--word"},
     {"init_image", "--init"},
     {"strength", "--strength"},
     {"mask_image", "--mask"},
