@@ -65,6 +65,7 @@ class Settings:
         body_bytes: of a body, at most.
         bodies_bytes: of all bodies that are being received, at most.
         body_seconds: that a body may take to arrive.
+        header_seconds: that the headers of a request may take to arrive.
         loras: path of every LoRA file that a request may name, by its name.
         finish_abandoned: draw on for clients that left, and keep the answer for `KEPT_SECONDS`.
         log_prompts: whether logs may hold prompts.
@@ -75,6 +76,7 @@ class Settings:
     body_bytes: int = 32 << 20
     bodies_bytes: int = 512 << 20
     body_seconds: float = 30.0
+    header_seconds: float = 20.0
     loras: Mapping[str, str] = field(default_factory=dict)
     finish_abandoned: bool = False
     log_prompts: bool = False

@@ -161,6 +161,8 @@ def run(app: FastAPI, listener: socket.socket, grace: float) -> None:
     """
     import uvicorn
 
+    from .connections import timed_protocol
+
     state = app.state.cascade
 
     class Server(uvicorn.Server):
@@ -171,6 +173,7 @@ def run(app: FastAPI, listener: socket.socket, grace: float) -> None:
 
     config = uvicorn.Config(
         app,
+        http=timed_protocol(state.settings.header_seconds),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -32,6 +32,7 @@ from cascade_rt.bundle import Bundle
 from cascade_rt.manifest import MANIFEST
 from cascade_rt.serve.app import Settings, State, make_app
 from cascade_rt.serve.batcher import Limits
+from cascade_rt.serve.connections import timed_protocol
 from cascade_rt.serve.local import local_pool
 from cascade_rt.serve.metrics import Metrics
 
@@ -52,7 +53,13 @@ class Service:
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            app,
+            http=timed_protocol(settings.header_seconds),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=2,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._server.serve(sockets=[self._socket])), name="service", daemon=True

@@ -149,6 +149,27 @@ def test_slow_bodies_are_refused(bounded: Service) -> None:
         assert time.monotonic() - started < 5
 
 
+def test_slow_headers_are_refused(make_service: Callable[..., Service]) -> None:
+    hasty = make_service(header_seconds=0.5)
+    head = b"GET /health/live HTTP/1.1\r\nhost: a\r\n"
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as silent:
+        assert silent.recv(1000) == b""
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as slow:
+        slow.sendall(head)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+        assert slow.recv(1000) == b""
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as kept:
+        kept.sendall(head + b"\r\n")
+        assert kept.recv(1000).startswith(b"HTTP/1.1 200")
+        time.sleep(1)  # between two requests nothing has to arrive
+        kept.sendall(head + b"\r\n")
+        assert kept.recv(1000).startswith(b"HTTP/1.1 200")
+        kept.sendall(head)
+        assert kept.recv(1000).startswith(b"HTTP/1.1 408")
+    with hasty.http() as http:  # an answer may take longer
+        assert http.post(GENERATIONS, json={**SHORT, "num_inference_steps": 100}).status_code == 200
+
+
 def test_bodies_together_are_bounded(make_service: Callable[..., Service]) -> None:
     tight = make_service(bodies_bytes=150_000, body_seconds=5.0)
     head = (
