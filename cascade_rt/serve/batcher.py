@@ -24,45 +24,39 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..backends import PROVIDERS
-from ..backends.base import Engine
 from ..conditions import Embeddings, Text, embed_texts
-from ..errors import CascadeError, EngineError, RequestError
-from ..loop import Context, Denoising, Step, StepBatch
+from ..errors import CascadeError, RequestError
+from ..loop import Context, Denoising, Step
 from ..noise import PictureNoise
 from ..plan import LoopPlan, Plan
 from ..request import LoopSettings, Request, Tensors
 from ..runner import Runner
-from ..stages import CONTROLS, ITEM_SIZE, EngineSpec
+from ..stages import CONTROLS
+from .groups import EngineName, Group, Loop, LoopGroup, Once, OnceGroup, guarded
+from .limits import Limits
 from .orders import (
     BusyError,
     CancelledOrderError,
     Event,
     Failed,
-    Finished,
     Order,
-    Preview,
     UnavailableError,
     UnknownModelError,
     single,
 )
+from .pictures import Asked, Picture, Tell
 from .variants import Variants
 from .watch import Watch
 
 Array = NDArray[np.float32]
-Tell = Callable[[Event], None]
-"""Told of an order's events, on the engine thread; it returns at once."""
 LOG = logging.getLogger("cascade_rt.serve")
-CPU_DECODE_PIXELS = 512 * 512
-"""Of the pictures that Stage A decodes in one call on a CPU, at most, where they are several."""
-EngineName = tuple[str, tuple[str, ...]]
-"""An engine's name, and the features that it is made with."""
 ENCODERS: tuple[EngineName, ...] = tuple(
     (name, ())
     for name in (
@@ -72,413 +66,6 @@ ENCODERS: tuple[EngineName, ...] = tuple(
 )
 RETRY_SECONDS = (1.0, 60.0)
 """Least and most that a client is asked to wait; above 120 s OpenAI's client does not try again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a batcher takes.
-
-    Attributes:
-        rows: of one engine call; a picture takes one, with guidance two. One picture is always taken.
-        pictures: that wait or are drawn, at most; further ones are refused.
-        context_bytes: of the context tensors of the pictures that are drawn together.
-        pixels: of a picture, and of all pictures of one call of Stage B or A, whose working memory grows with them.
-        variants: of models with LoRA files that have their engines open; see `variants`.
-    """
-
-    rows: int = 16
-    pictures: int = 64
-    context_bytes: int = 4 << 30
-    pixels: int = 4 << 20
-    variants: int = 2
-
-    def rows_of(self, size: tuple[int, int]) -> int:
-        """Rows of a call of Stage B or A for pictures of (height, width); at least one."""
-        return max(1, min(self.rows, self.pixels // (size[0] * size[1])))
-
-    def decoded_together(self, size: tuple[int, int], on_cpu: bool) -> int:
-        """Pictures of (height, width) of one call of Stage A; at least one.
-
-        On CPUs several take as long as one after the other, and hold the memory of all: 26 MiB for 256 x 256 pixels.
-        """
-        most = min(self.pixels, CPU_DECODE_PIXELS) if on_cpu else self.pixels
-        return max(1, min(self.rows, most // (size[0] * size[1])))
-
-
-@dataclass(eq=False, kw_only=True)
-class Asked:
-    """An order that was taken on.
-
-    Attributes:
-        order: what is asked for.
-        runner: whose engines draw it.
-        given: the pictures that the request brings along, opened.
-        texts: what the encoders made of the request; None until they have.
-        refusal: why its texts are not accepted, which only encoding can tell.
-    """
-
-    order: Order
-    runner: Runner
-    given: Tensors
-    texts: Embeddings | None = None
-    refusal: RequestError | None = None
-
-
-@dataclass(eq=False, kw_only=True)
-class Picture:
-    """One picture of an order on its way.
-
-    Attributes:
-        asked: the order that it belongs to.
-        index: of the picture in the order.
-        planned: of this picture alone.
-        tell: told of what becomes of it.
-        deadline: of `time.monotonic`.
-        seconds: what passed in every part.
-    """
-
-    asked: Asked
-    index: int
-    planned: Plan
-    tell: Tell
-    deadline: float
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.cancelled = False
-        self.over = False
-        self.has_begun = False
-        self.previewed = -1
-        self.noise = PictureNoise(self.planned.request.noise, self.planned.seeds, 1)
-        self._since = time.monotonic()
-
-    @property
-    def order(self) -> Order:
-        """The order that it belongs to."""
-        return self.asked.order
-
-    @property
-    def runner(self) -> Runner:
-        """Whose engines draw it."""
-        return self.asked.runner
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.over or self.cancelled or time.monotonic() > self.deadline
-
-    def note(self, part: str) -> None:
-        """Note the time since the last note as that of a part."""
-        now = time.monotonic()
-        self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._since, 4)
-        self._since = now
-
-    def preview(self, index: int, pixels: Array) -> None:
-        """Tell of an unfinished picture, unless a later one was told of already."""
-        if not self.gone and index > self.previewed:
-            self.previewed = index
-            self.tell(Preview(picture=self.index, index=index, pixels=as_bytes(pixels)))
-
-    def finish(self, pixels: Array) -> None:
-        """Tell of the finished picture."""
-        self.over = True
-        self.tell(Finished(picture=self.index, pixels=as_bytes(pixels), seconds=self.seconds))
-
-    def fail(self, error: Exception) -> None:
-        """Tell that it comes to nothing; once."""
-        if not self.over:
-            self.over = True
-            self.tell(Failed(error=error))
-
-
-def as_bytes(pixels: Array) -> NDArray[np.uint8]:
-    """``[H, W, 3]`` float32 in 0..1 -> uint8, as `image.to_pil` rounds."""
-    return (pixels * 255).round().astype(np.uint8)
-
-
-class Group:
-    """Tasks that share engine calls."""
-
-    def __init__(self, name: str, runner: Runner, watch: Watch, engines: Sequence[EngineName]) -> None:
-        """Begin without tasks.
-
-        Args:
-            name: of the stage, for `Watch`.
-            runner: whose engines run.
-            watch: told of every call.
-            engines: names of those that its calls use.
-        """
-        self.name = name
-        self.runner = runner
-        self.watch = watch
-        self.engines = engines
-        self.used = 0.0
-        """Engine time that it used, for each task that it served; see the module's docstring."""
-
-    def __len__(self) -> int:
-        """How many tasks it has."""
-        raise NotImplementedError
-
-    def leave_gone(self) -> None:
-        """Let go of tasks that nobody waits for."""
-        raise NotImplementedError
-
-    def turn(self) -> int:
-        """Make one engine call for as many tasks as fit; how many there were.
-
-        What fails is told to the tasks' pictures.
-        """
-        raise NotImplementedError
-
-    def pictures(self) -> list[Picture]:
-        """Whose tasks these are."""
-        raise NotImplementedError
-
-    def failed(self, pictures: Sequence[Picture], error: Exception) -> None:
-        """Tell the pictures of a call that it failed. What failed in an engine has it opened anew for the next call."""
-        _fail_all(pictures, error)
-        if isinstance(error, EngineError) or not isinstance(error, CascadeError):
-            for name, features in self.engines:
-                self.runner.engines.discard(name, features)
-
-
-@dataclass(eq=False, kw_only=True)
-class Once:
-    """A task of one engine call: texts that are encoded, or latents that are decoded.
-
-    Attributes:
-        picture: whose it is.
-        value: what the call is given.
-        then: gets what came out.
-    """
-
-    picture: Picture
-    value: Any
-    then: Callable[[Any], None]
-
-
-class OnceGroup(Group):
-    """Tasks that are done with one call."""
-
-    def __init__(
-        self,
-        name: str,
-        runner: Runner,
-        watch: Watch,
-        engines: Sequence[EngineName],
-        call: Callable[[Sequence[Once]], Sequence[Any]],
-        most: int,
-    ) -> None:
-        """Begin without tasks.
-
-        Args:
-            name: of the stage, for `Watch`.
-            runner: whose engines run.
-            watch: told of every call.
-            engines: names of those that ``call`` uses.
-            call: tasks -> what came out, in their order.
-            most: tasks of a call.
-        """
-        super().__init__(name, runner, watch, engines)
-        self._call, self._most = call, most
-        self._waiting: deque[Once] = deque()
-
-    def add(self, task: Once) -> None:
-        """Let a task wait for the next turn."""
-        self._waiting.append(task)
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def pictures(self) -> list[Picture]:
-        """Whose tasks these are."""
-        return [task.picture for task in self._waiting]
-
-    def leave_gone(self) -> None:
-        """Let go of tasks that nobody waits for."""
-        if any(task.picture.gone for task in self._waiting):
-            self._waiting = deque(task for task in self._waiting if not task.picture.gone)
-
-    def turn(self) -> int:
-        """Make one engine call for as many tasks as fit; how many there were."""
-        tasks = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
-        try:
-            with self.watch.call(self.name, len(tasks)):
-                results = self._call(tasks)
-        except Exception as error:
-            self.failed([task.picture for task in tasks], error)
-            return len(tasks)
-        for task, result in zip(tasks, results, strict=True):
-            _guarded(task.picture, task.then, result)
-        return len(tasks)
-
-
-@dataclass(eq=False, kw_only=True)
-class Loop:
-    """A task of as many engine calls as its loop has steps.
-
-    Attributes:
-        picture: whose it is.
-        plan: of the loop.
-        begin: makes the loop and its context tensors, when there is room for them.
-        after: told of every step.
-        then: gets the loop's result, ``[1, C, H, W]`` float32.
-    """
-
-    picture: Picture
-    plan: LoopPlan
-    begin: Callable[[], tuple[Denoising, Context]]
-    after: Callable[[Step], None]
-    then: Callable[[Array], None]
-
-
-@dataclass(eq=False)
-class Member:
-    """A loop that has begun."""
-
-    task: Loop
-    denoising: Denoising
-    context: Context
-
-
-class LoopGroup(Group):
-    """Loops through one step engine, at one size of latents."""
-
-    def __init__(
-        self,
-        name: str,
-        runner: Runner,
-        watch: Watch,
-        engine: str,
-        features: tuple[str, ...],
-        room: Callable[[int], bool],
-        most: int,
-        alone: bool,
-    ) -> None:
-        """Begin without tasks.
-
-        Args:
-            name: of the stage, for `Watch`.
-            runner: whose engines run.
-            watch: told of every call.
-            engine: name of the step engine.
-            features: that it is made with.
-            most: rows of a call.
-            room: whether that many bytes of further context tensors may be held.
-            alone: whether every call is for one task alone.
-        """
-        self._engine, self._context, self._features = engine, engine.replace("step", "context"), features
-        super().__init__(name, runner, watch, ((self._engine, features), (self._context, features)))
-        self._spec = runner.engines.record(engine, features).spec
-        self._room, self._alone = room, alone
-        self._most = min(most, self._spec.ranges["batch"].max)
-        self._waiting: deque[Loop] = deque()
-        self._members: list[Member] = []
-        self._batch: StepBatch | None = None
-        self._batch_engine: Engine | None = None
-
-    def add(self, task: Loop) -> None:
-        """Let a loop wait until it fits."""
-        self._waiting.append(task)
-
-    def __len__(self) -> int:
-        return len(self._waiting) + len(self._members)
-
-    def pictures(self) -> list[Picture]:
-        """Whose tasks these are."""
-        return [*(member.task.picture for member in self._members), *(task.picture for task in self._waiting)]
-
-    @property
-    def held(self) -> int:
-        """Bytes of the members' context tensors."""
-        return sum(context_bytes(self._spec, member.task.plan) for member in self._members)
-
-    def leave_gone(self) -> None:
-        """Let go of loops that nobody waits for."""
-        if any(task.picture.gone for task in self._waiting):
-            self._waiting = deque(task for task in self._waiting if not task.picture.gone)
-        self._keep([member for member in self._members if not member.task.picture.gone])
-
-    def _keep(self, members: list[Member]) -> None:
-        if len(members) != len(self._members):
-            self._members, self._batch = members, None
-
-    def _join(self) -> None:
-        """Begin the loops that fit, in the order in which they came."""
-        while self._waiting:
-            task = self._waiting[0]
-            rows = sum(member.task.plan.rows for member in self._members) + task.plan.rows
-            table = sum(len(member.denoising.schedule) for member in self._members) + len(task.plan.schedule)
-            fits = rows <= self._most and table <= self._spec.ranges["steps"].max and not self._alone
-            if self._members and not (fits and self._room(context_bytes(self._spec, task.plan))):
-                return
-            self._waiting.popleft()
-            try:
-                with self.watch.call(self._context, task.plan.context_rows):
-                    denoising, context = task.begin()
-            except Exception as error:
-                self.failed([task.picture], error)
-                continue
-            self._members.append(Member(task, denoising, context))
-            self._batch = None
-
-    def turn(self) -> int:
-        """Run one step of all loops that fit; how many there were."""
-        self._join()
-        served = len(self._members)
-        if not served:
-            return 0
-        try:
-            with self.runner.engines.engine(self._engine, self._features) as engine:
-                if self._batch is None or self._batch_engine is not engine:
-                    self._batch = StepBatch(engine, [(m.denoising, m.context) for m in self._members])
-                    self._batch_engine = engine
-                with self.watch.call(self._engine, sum(member.denoising.rows for member in self._members)):
-                    steps = self._batch.step()
-        except Exception as error:
-            self.failed([member.task.picture for member in self._members], error)
-            self._keep([])
-            return served
-        for member, step in zip(self._members, steps, strict=True):
-            _guarded(member.task.picture, member.task.after, step)
-        done = [member for member in self._members if member.denoising.done]
-        self._keep([member for member in self._members if not member.denoising.done])
-        for member in done:
-            _guarded(member.task.picture, member.task.then, member.denoising.result)
-        return served
-
-
-def context_bytes(spec: EngineSpec, plan: LoopPlan) -> int:
-    """Bytes of a loop's context tensors, twice: they are joined with those of others."""
-    sizes = {name: limits.opt for name, limits in spec.ranges.items()}
-    sizes |= {"batch": plan.context_rows, "steps": len(plan.schedule)}
-    sizes |= {"height": plan.latents[2], "width": plan.latents[3]}
-    constants = [tensor for tensor in spec.inputs if tensor.constant]
-    return 2 * sum(ITEM_SIZE[t.dtype] * int(np.prod(t.shape(sizes), dtype=np.int64)) for t in constants)
-
-
-def _guarded(picture: Picture, then: Callable[[Any], None], value: Any) -> None:
-    """Go on with a picture; what fails there is that picture's alone."""
-    try:
-        then(value)
-    except Exception as error:
-        _fail_all([picture], error)
-
-
-def _fail_all(pictures: Iterable[Picture], error: Exception) -> None:
-    """Tell pictures that they come to nothing."""
-    pictures = list(pictures)
-    if isinstance(error, EngineError) or not isinstance(error, CascadeError):
-        ids = list(dict.fromkeys(picture.order.id for picture in pictures))
-        unexpected = None if isinstance(error, CascadeError) else error
-        LOG.error(
-            "an engine call failed", exc_info=unexpected, extra={"facts": {"request_ids": ids, "why": str(error)}}
-        )
-    for picture in pictures:
-        if isinstance(error, CascadeError):
-            picture.fail(error)
-        else:
-            picture.fail(EngineError(f"an engine call failed: {type(error).__name__}"))
 
 
 class Batcher:
@@ -678,7 +265,7 @@ class Batcher:
             arrived = list(self._arrived)
             self._arrived.clear()
         for picture in arrived:
-            _guarded(picture, self._begin, picture)
+            guarded(picture, self._begin, picture)
         self._let_go()
         self._turn()
         return True

@@ -194,7 +194,7 @@ def run(app: FastAPI, listener: socket.socket, grace: float) -> None:
 
 def make_pool(args: argparse.Namespace, bundles: dict[str, Bundle], metrics: Metrics) -> Pool:
     """What draws: engines of this process, or replicas of Ray Serve."""
-    from .batcher import Limits
+    from .limits import Limits
 
     limits = Limits(
         rows=args.max_batch,

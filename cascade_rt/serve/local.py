@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from ..backends import PROVIDERS, EngineOptions, resolve_provider
 from ..bundle import Bundle
 from ..runner import Runner
-from .batcher import Batcher, Limits
+from .batcher import Batcher
+from .limits import Limits
 from .pool import LocalPool
 from .watch import Watch
 

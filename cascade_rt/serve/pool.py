@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from ..manifest import Manifest
-from .batcher import Batcher, Picture
+from .batcher import Batcher
 from .orders import Event, Failed, Finished, Order, Preview, UnavailableError
+from .pictures import Picture
 
 LATE_SECONDS = 5.0
 """How much later than the order's deadline the front gives up on engines that say nothing at all."""

@@ -21,7 +21,7 @@ from typing import Any
 from ..bundle import Bundle, find_bundle
 from ..errors import CascadeError, plain, shown
 from ..manifest import Manifest
-from .batcher import Limits
+from .limits import Limits
 from .orders import (
     BusyError,
     CancelledOrderError,

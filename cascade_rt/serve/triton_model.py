@@ -17,8 +17,10 @@ from ..errors import CascadeError
 from ..request import LoopSettings, Request
 from ..runner import Runner
 from ..seeds import new_seeds
-from .batcher import Batcher, Limits, Picture
+from .batcher import Batcher
+from .limits import Limits
 from .orders import Event, Failed, Finished, Order, Preview
+from .pictures import Picture
 from .watch import Watch
 
 MAX_PREVIEWS = 3

@@ -31,8 +31,8 @@ from PIL import Image
 from cascade_rt.bundle import Bundle
 from cascade_rt.manifest import MANIFEST
 from cascade_rt.serve.app import Settings, State, make_app
-from cascade_rt.serve.batcher import Limits
 from cascade_rt.serve.connections import timed_protocol
+from cascade_rt.serve.limits import Limits
 from cascade_rt.serve.local import local_pool
 from cascade_rt.serve.metrics import Metrics
 

@@ -15,7 +15,8 @@ from cascade_rt.backends import EngineOptions
 from cascade_rt.bundle import Bundle
 from cascade_rt.loop import StepBatch
 from cascade_rt.runner import Runner
-from cascade_rt.serve.batcher import Batcher, Limits
+from cascade_rt.serve.batcher import Batcher
+from cascade_rt.serve.limits import Limits
 from cascade_rt.serve.metrics import Metrics
 from cascade_rt.serve.orders import (
     BusyError,

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from cascade_rt.serve.app import JsonLines
-from cascade_rt.serve.batcher import Limits
+from cascade_rt.serve.limits import Limits
 
 from .conftest import Service, metric, pixels_of, wait_until
 

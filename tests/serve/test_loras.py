@@ -18,8 +18,8 @@ from cascade_rt.backends import EngineOptions
 from cascade_rt.bundle import Bundle
 from cascade_rt.request import LoraFile
 from cascade_rt.runner import Runner
-from cascade_rt.serve.batcher import Limits
 from cascade_rt.serve.cli import find_loras
+from cascade_rt.serve.limits import Limits
 from cascade_rt.serve.orders import BusyError
 from cascade_rt.serve.variants import Variants
 from cascade_rt.tensor_file import TensorFile
