@@ -20,6 +20,9 @@ from cascade_bench.report import seconds_text, table
 HERE = Path(__file__).parent
 BEGIN = "<!-- table: python benchmarks/tables.py --write -->\n"
 END = "<!-- end of table -->"
+FEATURES_BEGIN = "<!-- features: python benchmarks/tables.py --write -->\n"
+FEATURES = "features_tiny_cpu"
+"""The result of ``features.py`` that is shown."""
 NAMES = {
     "stage_c.step": "Stage C, a step",
     "stage_b.step": "Stage B, a step",
@@ -145,6 +148,31 @@ def _error(row: Mapping[str, Any]) -> str:
     return "not measured" if row["rel_error"] is None else f"{row['rel_error']:.0e}"
 
 
+def feature_table(result: Mapping[str, Any]) -> str:
+    """What each feature costs, a line each."""
+    machine = result["machine"]
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores, provider `{result['provider']}`, "
+        f"{result['rows'][0]['repeats']} turns; load average before: {machine['load_before']}.\n",
+        "| what | time | x plain (p10 to p90) | processor time, x plain |\n| --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        if row["skipped"]:
+            lines.append(f"| {row['what']} | not measured: {row['skipped']} | | |")
+            continue
+        ratio = f"{row['median_ratio']:.2f} ({row['p10_ratio']:.2f} to {row['p90_ratio']:.2f})"
+        lines.append(
+            f"| {row['what']} | {seconds_text(row['median_s'])} | {ratio} | {row['median_processor_ratio']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _with_table(text: str, begin: str, made: str) -> str:
+    """A page with a table in the place of the one behind a mark."""
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}{made}{END}{rest.partition(END)[2]}"
+
+
 def tables() -> Iterator[tuple[Path, str]]:
     """Every file that is written from JSON, and what it must say."""
     results = races()
@@ -154,9 +182,11 @@ def tables() -> Iterator[tuple[Path, str]]:
         (HERE / "README.md", SHOWN, "results"),
         (HERE.parent / "README.md", FIRST, "benchmarks/results"),
     ):
-        before, _, rest = readme.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        yield readme, f"{before}{BEGIN}{summary(results, shown, place)}{END}{after}"
+        page = _with_table(readme.read_text(), BEGIN, summary(results, shown, place))
+        if FEATURES_BEGIN in page:
+            costs = json.loads((HERE / "results" / f"{FEATURES}.json").read_text())
+            page = _with_table(page, FEATURES_BEGIN, feature_table(costs))
+        yield readme, page
 
 
 def main() -> int:

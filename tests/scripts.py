@@ -1,4 +1,4 @@
-"""The scripts of docs/, which is no package, as modules."""
+"""The scripts of docs/ and benchmarks/, which are no packages, as modules."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import ModuleType
 ROOT = Path(__file__).parents[1]
 
 
-def load_script(name: str) -> ModuleType:
-    """``docs/NAME.py``."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+def load_script(name: str, folder: str = "docs") -> ModuleType:
+    """``FOLDER/NAME.py``."""
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
