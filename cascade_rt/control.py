@@ -53,6 +53,9 @@ def control_pixels(
 def canny_edges(pixels: Array) -> Array:
     """The edges of a picture, found at 224 x 224 whatever its size, and resized back.
 
+    OpenCV finds the edges, in whole numbers. Resizing is `resize_bilinear`'s, so that the result does not depend on
+    OpenCV's version, and is that of the C++ kit.
+
     Args:
         pixels: ``[1, 3, H, W]`` float32 in 0..1.
 
@@ -64,12 +67,10 @@ def canny_edges(pixels: Array) -> Array:
         RequestError: OpenCV is not installed.
     """
     cv2 = _opencv()
-    height, width = pixels.shape[2:]
-    side = (CANNY_SIDE, CANNY_SIDE)
-    small = cv2.resize(pixels[0].transpose(1, 2, 0), side, interpolation=cv2.INTER_LINEAR)
+    small = resize_bilinear(pixels, CANNY_SIDE, CANNY_SIDE, corners=False)[0].transpose(1, 2, 0)
     edges = cv2.Canny(np.ascontiguousarray((small * np.float32(255)).astype(np.uint8)), *CANNY_THRESHOLDS)
-    found = cv2.resize(edges.astype(np.float32) / np.float32(255), (width, height), interpolation=cv2.INTER_LINEAR)
-    return np.ascontiguousarray(found[None, None], dtype=np.float32)
+    found = (edges > 0).astype(np.float32)[None, None]
+    return resize_bilinear(found, *pixels.shape[2:], corners=False)
 
 
 def enlarged(latents: Array) -> Array:

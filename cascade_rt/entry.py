@@ -27,6 +27,10 @@ FLAGS = {
     "init_image": "--init",
     "strength": "--strength",
     "mask_image": "--mask",
+    "control_image": "--control",
+    "control_scale": "--control: scale",
+    "control_kind": "--control-kind",
+    "control_filtered": "--control-filtered",
 }
 """Field of a `Request` -> what the command line calls it."""
 

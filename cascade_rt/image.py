@@ -19,11 +19,11 @@ Array = NDArray[np.float32]
 MAX_PICTURE_BYTES = 256 * MIB
 
 
-def resize_bilinear(x: Array, height: int, width: int) -> Array:
-    """Bilinear resize with aligned corners, in float32.
+def resize_bilinear(x: Array, height: int, width: int, *, corners: bool = True) -> Array:
+    """Bilinear resize in float32.
 
     Stage B sees Stage C's latents resized to its own grid; done here it costs a millisecond, and no engine needs a
-    Resize operator, which several lack in bfloat16.
+    Resize operator, which several lack in bfloat16. OpenCV's resizing gives other last bits with another version.
 
     Every number is ``x[low] * (1 - share) + x[high] * share``, two rounded products and their rounded sum, first along
     the width, then along the height: the C++ kit does the same, so that both give the same bits. A product of matrices
@@ -33,21 +33,24 @@ def resize_bilinear(x: Array, height: int, width: int) -> Array:
         x: ``[B, C, h, w]`` float32.
         height: target height.
         width: target width.
+        corners: the middles of the corners stay where they are; else the edges do.
 
     Returns:
         ``[B, C, height, width]`` float32, C-contiguous.
-        Matches: ``torch.nn.functional.interpolate(align_corners=True)``.
+        Matches: ``torch.nn.functional.interpolate(align_corners=corners)``.
     """
-    low, high, share = _corners(x.shape[3], width)
+    low, high, share = _neighbours(x.shape[3], width, corners)
     wide: Array = x[..., low] * (np.float32(1) - share) + x[..., high] * share
-    low, high, share = _corners(x.shape[2], height)
+    low, high, share = _neighbours(x.shape[2], height, corners)
     resized: Array = wide[:, :, low] * (np.float32(1) - share)[:, None] + wide[:, :, high] * share[:, None]
     return np.ascontiguousarray(resized)
 
 
-def _corners(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
-    """For each of ``target`` positions, corners aligned: the index below, the index above, the share of the latter."""
+def _neighbours(source: int, target: int, corners: bool) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
+    """For each of ``target`` positions: the index below, the index above, the share of the latter."""
     position = np.arange(target) * ((source - 1) / max(target - 1, 1))
+    if not corners:
+        position = np.clip((np.arange(target) + 0.5) * (source / target) - 0.5, 0, source - 1)
     low = np.minimum(position.astype(np.int64), max(source - 2, 0))
     return low, np.minimum(low + 1, source - 1), (position - low).astype(np.float32)
 

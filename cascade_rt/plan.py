@@ -234,14 +234,16 @@ def plan(request: Request, manifest: Manifest, given: Tensors | None = None, par
 
 
 def _control_kind(request: Request, manifest: Manifest, given: Tensors, part: Part) -> ControlKind | None:
-    """Which ControlNet a request is for; None: none.
+    """Which ControlNet a request is for; None: none, as for the decoder, which does not run Stage C.
 
     Raises:
         RequestError: the kind is not told, is not in the bundle, or lacks what it needs.
         BundleError: the bundle has no ControlNet.
     """
+    if part == "decoder":
+        return None
     if given.control is None:
-        if request.control_kind is not None and part != "decoder":
+        if request.control_kind is not None:
             raise RequestError("control_kind is given without control_image, to which it belongs", field="control_kind")
         return None
     there = [kind for kind in get_args(ControlKind) if manifest.records(f"controlnet.{kind}")]

@@ -396,7 +396,7 @@ class Runner:
         denoising = _begin(loop, given.latents, noise, texts.init, texts.init_free, start)
         images = texts.images
         if images is None:
-            image_dim = self.engines.record("stage_c.context").spec.tensor("clip_img").axes[2]
+            image_dim = self.engines.record("stage_c.context", loop.features).spec.tensor("clip_img").axes[2]
             assert isinstance(image_dim, int)  # a number of the checkpoint
             images = np.zeros((1, 1, image_dim), np.float32)
         clip_img = np.repeat(images, planned.pictures, axis=0)

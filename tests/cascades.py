@@ -102,15 +102,20 @@ def add_controlnets(checkpoint: Path) -> None:
     """Put a ControlNet of every kind beside a cascade whose Stage C has one level of 32 channels."""
     generator = torch.Generator().manual_seed(10)
     for kind, config in SMALL_CONTROLNETS.items():
-        module = ControlNet(ControlNetConfig.from_dict(config))
-        reference.randomize(module, generator)
-        folder = checkpoint / f"controlnet_{kind}"
-        folder.mkdir()
-        state = {k: v for k, v in module.state_dict().items() if v.is_floating_point()}
-        save_file(state, folder / "diffusion_pytorch_model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"_class_name": "StableCascadeControlNet", **config}))
+        save_controlnet(checkpoint, kind, config, generator)
     place = checkpoint / "prior_prior" / "config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"control_blocks": CONTROL_BLOCKS}))
+
+
+def save_controlnet(checkpoint: Path, kind: str, config: dict[str, Any], generator: torch.Generator) -> None:
+    """A ControlNet with random weights, in a folder of a checkpoint."""
+    module = ControlNet(ControlNetConfig.from_dict(config))
+    reference.randomize(module, generator)
+    folder = checkpoint / f"controlnet_{kind}"
+    folder.mkdir(parents=True)
+    state = {k: v for k, v in module.state_dict().items() if v.is_floating_point()}
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "StableCascadeControlNet", **config}))
 
 
 _DENOISER: dict[str, Any] = {"clip_text_pooled_in_channels": 12, "conditioning_dim": 16, "dropout": 0.0}

@@ -31,8 +31,9 @@ from cascade_rt.bundle import MAX_MANIFEST_BYTES
 from cascade_rt.image import MAX_PICTURE_BYTES, REQUEST_KEY
 from cascade_rt.manifest import FORMAT_VERSION, MANIFEST, PRESETS, Manifest, json_schema
 from cascade_rt.noise import NoiseKind
+from cascade_rt.plan import CONTROL
 from cascade_rt.sampling import PREDICTION_TYPES, SAMPLERS
-from cascade_rt.stages import ENGINES, ITEM_SIZE
+from cascade_rt.stages import CONTROLS, ENGINES, ITEM_SIZE
 
 HEADER = Path(__file__).parent / "src" / "tables.hpp"
 _LITERAL = 12_000  # bytes; some compilers take string literals of up to 16 KiB
@@ -110,6 +111,8 @@ def header() -> str:
         "kMaxPictures": constant("MAX_PICTURES"),
         "kMaxImages": constant("MAX_IMAGES"),
         "kMaxWeight": constant("MAX_WEIGHT"),
+        "kMaxControlScale": constant("MAX_CONTROL_SCALE"),
+        "kCannySide": constant("CANNY_SIDE"),
         "kMaxLoras": constant("MAX_LORAS"),
         "kMaxLoraScale": constant("MAX_LORA_SCALE"),
         "kMostRank": constant("MOST_RANK"),
@@ -135,6 +138,8 @@ def header() -> str:
         f"inline constexpr char kOpenVinoInt8Group[] = {quoted(OPENVINO_INT8_GROUP)};",
         f"inline constexpr double kMaxTensorValue = {constant('MAX_TENSOR_VALUE')!r};",
         f"inline constexpr double kInitStrength = {constant('INIT_STRENGTH')!r};",
+        f"inline constexpr double kCannyThresholds[] = {{{', '.join(map(str, constant('CANNY_THRESHOLDS')))}}};",
+        f"inline constexpr char kControl[] = {quoted(CONTROL)};",
         f"inline constexpr double kAlphaRange[] = {{{', '.join(map(repr, sampling.ALPHA_RANGE))}}};",
         f"inline constexpr float kClipMean[] = {{{', '.join(f'{x!r}F' for x in constant('CLIP_MEAN'))}}};",
         f"inline constexpr float kClipStd[] = {{{', '.join(f'{x!r}F' for x in constant('CLIP_STD'))}}};",
@@ -142,6 +147,7 @@ def header() -> str:
         texts("kPresets", PRESETS),
         texts("kPredictionTypes", PREDICTION_TYPES),
         texts("kNoiseKinds", get_args(NoiseKind)),
+        texts("kControlKinds", CONTROLS),
         texts("kOutputTypes", get_args(request.OutputType)),
         "// Every field of a request in its order, with its default as JSON",
         pairs("kRequestFields", defaults(request.Request)),

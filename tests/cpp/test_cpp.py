@@ -168,6 +168,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alpha = np.where((columns - 150) ** 2 + (rows - 100) ** 2 < 60**2, 0, columns * 2 % 256).astype(np.uint8)
     Image.fromarray(np.dstack([smooth, alpha])).save(folder / "clear.png")
     Image.fromarray(((columns < 110) * 255).astype(np.uint8)).save(folder / "mask.png")
+    ring = np.abs(np.hypot(columns - 140, rows - 100) - 60) < 2
+    Image.fromarray((ring * 255).astype(np.uint8)).save(folder / "edges.png")
     Image.fromarray(smooth).save(folder / "photo.jpg", quality=90)
     Image.fromarray(smooth).save(folder / "photo.webp")
     Image.fromarray(((columns < 110) * 255).astype(np.uint8)[:100]).save(folder / "low.png")
@@ -300,6 +302,102 @@ def test_photographs_are_read_where_libjpeg_is(
     told = run(built, environment, "x", "--init", files / "photo.webp", "-o", tmp_path / "x.png")
     assert told.returncode == 2
     assert "it is a WebP" in told.stderr
+
+
+EDGES = ["--control", "@edges.png", "--control-filtered"]
+WITH_CONTROL = {
+    "edges": ["a red star", *EDGES],
+    "fainter": ["a red star", "--control", "@edges.png:0.4", "--control-filtered"],
+    "inverted": ["a red star", "--control", "@edges.png:-0.5", "--control-filtered", "--control-kind", "canny"],
+    "guided, several": ["a red star", *EDGES, "--guidance", "4", "--negative", "blue", "--images", "2"],
+    "the other sampler": ["a red star", *EDGES, "--sampler", "diffusers", "--size", "192x128", "--guidance", "3"],
+    "beside a picture to vary": ["a red star", *EDGES, "--image", "@scene.png:0.8", "--low-memory"],
+    "no prompt": EDGES,
+    "from a picture": ["a red star", *EDGES, "--init", "@scene.png", "--strength", "0.7"],
+    "masked": ["a red star", *EDGES, "--init", "@scene.png", "--mask", "@mask.png", "--low-memory", "--images", "2"],
+    "with a LoRA": ["a red star", *EDGES, "--lora", "@kohya.safetensors:0.7"],
+}
+
+
+@pytest.mark.parametrize("words", WITH_CONTROL.values(), ids=WITH_CONTROL)
+def test_pictures_that_follow_edges_are_the_same_bytes(both: Both, words: list[str]) -> None:
+    made = both(*words, *SHORT)
+    assert made[0].std() > 5
+
+
+def test_edges_count_by_their_scale(both: Both) -> None:
+    scales = ["", ":0.4", ":0"]
+    made = [both("a red star", "--control", f"@edges.png{x}", "--control-filtered", *SHORT)[0] for x in scales]
+    assert not np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+    plain = both("a red star", "--size", "384x256", *SHORT)[0]
+    assert np.abs(made[2].astype(int) - plain).max() <= 1, "a scale of 0 is no ControlNet"
+
+
+def test_edges_are_found_where_opencv_is(
+    both: Both, built: Path, environment: dict[str, str], files: Path, tmp_path: Path
+) -> None:
+    words = ["a red star", "--control", files / "scene.png", *SHORT]
+    told = run(built, environment, *words, "--provider", "cpu", "-o", tmp_path / "x.png")
+    if "built" in told.stderr:
+        assert told.returncode == 2
+        assert "the canny filter needs OpenCV" in told.stderr
+        assert "-DCASCADE_RT_OPENCV=ON" in told.stderr
+        assert "--control-filtered" in told.stderr
+        assert not (tmp_path / "x.png").exists()
+        return
+    assert told.returncode == 0, told.stderr
+    pytest.importorskip("cv2")
+    for name in ("scene", "square", "clear"):
+        both("a red star", "--control", f"@{name}.png", *SHORT)
+
+
+@pytest.fixture(scope="session")
+def control_bundle(tmp_path_factory: pytest.TempPathFactory, link_bundle: Callable[[Path, Path], Path]) -> Path:
+    """The shipped bundle with a ControlNet of every kind; those that it does not ship have random weights."""
+    for name in ("torch", "transformers", "onnx"):
+        pytest.importorskip(name)
+    import torch
+
+    from cascade_export.checkpoints import open_checkpoint
+    from cascade_export.exporter import export
+    from cascade_export.job import ExportRequest
+    from cascade_rt.stages import PRECISIONS
+    from cascades import SMALL_CONTROLNETS, save_controlnet
+
+    folder, generator = tmp_path_factory.mktemp("controlnets"), torch.Generator().manual_seed(10)
+    blocks = json.loads((TINY / "cascade.json").read_text())["models"]["stage_c"]["config"]
+    fitting = {"projection_channels": blocks["block_out_channels"][0], "proj_blocks": blocks["control_blocks"]}
+    for kind in ("inpainting", "super_resolution", "picture"):
+        save_controlnet(folder / "checkpoint", kind, SMALL_CONTROLNETS[kind] | fitting, generator)
+    bundle = link_bundle(TINY, folder / "bundle")
+    wanted = ExportRequest(
+        stages=("inpainting", "super-resolution", "picture"),
+        precision=PRECISIONS["fp32"],
+        out=bundle,
+        quiet=True,
+        verify=False,
+    )
+    export(open_checkpoint(str(folder / "checkpoint"), None), wanted)
+    return bundle
+
+
+OTHER_KINDS = {
+    "a picture": ["a blue star", "--control", "@scene.png:0.2", "--control-kind", "picture"],
+    "inpainting": ["a star", "--control", "@scene.png:0.2", "--control-kind", "inpainting", "--mask", "@mask.png"],
+    "super-resolution": ["a star", "--control", "@square.png:0.2", "--control-kind", "super_resolution"],
+    "super-resolution from a picture": [
+        *["--control", "@scene.png:0.2", "--control-kind", "super_resolution", "--init", "@scene.png"],
+        *["--images", "2", "--low-memory", "--decoder-guidance", "2"],
+    ],
+    "one of several": ["a red star", *EDGES, "--control-kind", "canny", "--image", "@square.png"],
+}
+
+
+@pytest.mark.parametrize("words", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_every_kind_of_controlnet_gives_the_same_bytes(both: Both, control_bundle: Path, words: list[str]) -> None:
+    made = both(*words, *SHORT, bundle=control_bundle)
+    assert made[0].std() > 5
 
 
 LORAS = {
@@ -462,6 +560,17 @@ REFUSED = [
     ["a", "--lora", "@short.safetensors"],
     ["a", "--lora", "/"],
     ["a", "--preview", "/nowhere/p"],
+    ["a", "--control", ""],
+    ["a", "--control", "/nowhere/x.png"],
+    ["a", "--control", "@edges.png:much"],
+    ["a", "--control", "@edges.png:11"],
+    ["a", "--control-kind", "canny"],
+    ["a", "--control", "@edges.png", "--control-kind", "depth"],
+    ["a", "--control", "@edges.png", "--control-kind", "picture"],
+    ["a", "--control", "@edges.png", "--control-kind", "inpainting"],
+    ["a", "--control", "@edges.png", "--mask", "@mask.png"],
+    ["a", "--control", "@edges.png", "--mask", "@low.png"],
+    ["a", "--control", "@edges.png", "--init", "@scene.png", "--strength", "0"],
 ]
 
 

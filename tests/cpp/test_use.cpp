@@ -76,6 +76,36 @@ TEST(Use, ThePartsGiveTheWhole) {
   EXPECT_THROW(pipeline.run_engine("stage_a.decode", {}), EngineError);
 }
 
+TEST(Use, AControlledPictureTakesOtherEnginesOfStageC) {
+  Image edges;  // a white frame
+  edges.width = edges.height = 128;
+  for (int y = 0; y < 128; ++y) {
+    for (int x = 0; x < 128; ++x) {
+      const bool on = (x == 32 || x == 96 || y == 32 || y == 96) && x >= 32 && x <= 96 && y >= 32 && y <= 96;
+      edges.rgb.insert(edges.rgb.end(), 3, on ? 255 : 0);
+    }
+  }
+  Request framed = request({3});
+  framed.control_filtered = true;
+  Tensors given;
+  given.control = edges;
+  Options options = one_thread();
+  options.low_memory = true;
+  Pipeline usual(bundle(), one_thread()), small(bundle(), options);
+  const auto plain = usual.generate(request({3})).images.at(0).rgb;
+  const auto whole = usual.generate(framed, {}, given);
+  EXPECT_NE(whole.images.at(0).rgb, plain);
+  EXPECT_EQ(small.generate(framed, {}, given).images.at(0).rgb, whole.images.at(0).rgb);
+  EXPECT_EQ(usual.generate(request({3})).images.at(0).rgb, plain);
+  EXPECT_EQ(whole.request.control_kind, "canny");
+  const auto prior = usual.prior(framed, {}, given);
+  EXPECT_NE(prior.image_embeddings.data, usual.prior(request({3})).image_embeddings.data);
+  given.image_embeddings = prior.image_embeddings;
+  EXPECT_EQ(usual.decode(framed, given).images.size(), 1U);
+  given.control->rgb.pop_back();
+  EXPECT_THROW(usual.generate(framed, {}, given), RequestError);
+}
+
 TEST(Use, LowMemoryMakesTheSamePicture) {
   Pipeline usual(bundle(), one_thread());
   Options options = one_thread();

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "control.hpp"
 #include "pictures.hpp"
 #include "request.hpp"
 #include "sampling.hpp"
@@ -99,7 +100,23 @@ TEST(Vectors, Schedules) {
 TEST(Vectors, Resizes) {
   for (const Json& one : vectors().at("resizes")) {
     const Tensor x = drawn(one.at("seed").get<std::uint64_t>(), one.at("shape").get<Shape>());
-    const Tensor made = resize_bilinear(x, one.at("size")[0].get<std::int64_t>(), one.at("size")[1].get<std::int64_t>());
+    const Tensor made = resize_bilinear(x, one.at("size")[0].get<std::int64_t>(), one.at("size")[1].get<std::int64_t>(),
+                                        one.at("corners").get<bool>());
+    expect_told(made.data, one.at("made"), one.dump());
+  }
+}
+
+TEST(Vectors, ResidualsOnStageCsGrid) {
+  for (const Json& one : vectors().at("grids")) {
+    const Tensor x = drawn(one.at("seed").get<std::uint64_t>(), one.at("shape").get<Shape>());
+    const Shape size = one.at("size").get<Shape>();
+    const Tensor made = on_grid(x, size[0], size[1]);
+    EXPECT_EQ(made.shape, (Shape{x.shape[0], x.shape[1], size[0], size[1], x.shape[4]}));
+    expect_told(made.data, one.at("made"), one.dump());
+  }
+  for (const Json& one : vectors().at("enlarged")) {
+    const Tensor made = enlarged(drawn(one.at("seed").get<std::uint64_t>(), one.at("shape").get<Shape>()));
+    EXPECT_EQ(made.shape, (Shape{2, 16, 6, 10}));
     expect_told(made.data, one.at("made"), one.dump());
   }
 }
@@ -143,11 +160,51 @@ TEST(Vectors, Tokens) {
   }
 }
 
+namespace {
+
+Records all_of(const Manifest& manifest) {
+  Records made;
+  for (const auto& record : manifest.engines) made.push_back(&record);
+  return made;
+}
+
+/// The place in a document that a path of keys and indices leads to.
+Json& at_path(Json& document, const Json& path) {
+  Json* made = &document;
+  for (const Json& key : path) {
+    made = key.is_number() ? &(*made)[key.get<std::size_t>()] : &(*made)[key.get<std::string>()];
+  }
+  return *made;
+}
+
+void expect_plan(const Planned& made, const Json& wanted, const std::string& what) {
+  EXPECT_EQ(made.pictures, wanted.at("pictures").get<std::int64_t>()) << what;
+  const Shape sizes{made.prior_size[0],   made.prior_size[1],   made.decoder_size[0],
+                    made.decoder_size[1], made.picture_size[0], made.picture_size[1]};
+  EXPECT_EQ(sizes, wanted.at("sizes").get<Shape>()) << what;
+  EXPECT_EQ(made.engine_keys(), wanted.at("engines").get<std::vector<EngineKey>>()) << what;
+  EXPECT_EQ(made.memory, wanted.at("memory").get<std::uint64_t>()) << what;
+  Json full = to_json(made.request);
+  if (!wanted.at("request").contains("seeds")) full.erase("seeds");
+  EXPECT_EQ(full.dump(), wanted.at("request").dump()) << what;
+  std::size_t index = 0;
+  for (const auto* loop : {&made.prior, &made.decoder}) {
+    if (!*loop) continue;
+    std::vector<double> scales;
+    for (const auto& row : (*loop)->scales) scales.insert(scales.end(), row.begin(), row.end());
+    expect_told(scales, wanted.at("scales")[index++], what);
+  }
+  ASSERT_EQ(made.control.has_value(), wanted.contains("control")) << what;
+  if (!made.control) return;
+  const Json control{made.control->engine, made.control->pixels[0], made.control->pixels[1], made.control->channels};
+  EXPECT_EQ(control, wanted.at("control")) << what;
+}
+
+}  // namespace
+
 TEST(Vectors, Requests) {
   const auto bundle = Bundle::open(tiny());
   const Manifest& manifest = bundle->impl().manifest;
-  Records records;
-  for (const auto& record : manifest.engines) records.push_back(&record);
   for (const Json& one : vectors().at("requests")) {
     const std::string what = one.at("request").dump().substr(0, 200);
     try {
@@ -155,30 +212,38 @@ TEST(Vectors, Requests) {
       ASSERT_TRUE(one.contains("json")) << what;
       EXPECT_EQ(request.to_json(), one.at("json").get<std::string>());
       EXPECT_EQ(Request::from_json(request.to_json()).to_json(), request.to_json());
-      const Planned made = plan(request, manifest, records, gather(request, {}), Part::picture);
+      const Planned made = plan(request, manifest, all_of(manifest), gather(request, {}), Part::picture);
       ASSERT_TRUE(one.contains("plan")) << what;
-      const Json& wanted = one.at("plan");
-      EXPECT_EQ(made.pictures, wanted.at("pictures").get<std::int64_t>()) << what;
-      const Shape sizes{made.prior_size[0],   made.prior_size[1],   made.decoder_size[0],
-                        made.decoder_size[1], made.picture_size[0], made.picture_size[1]};
-      EXPECT_EQ(sizes, wanted.at("sizes").get<Shape>()) << what;
-      EXPECT_EQ(made.engines, wanted.at("engines").get<std::vector<std::string>>()) << what;
-      EXPECT_EQ(made.memory, wanted.at("memory").get<std::uint64_t>()) << what;
-      Json full = to_json(made.request);
-      if (!wanted.at("request").contains("seeds")) full.erase("seeds");
-      EXPECT_EQ(full.dump(), wanted.at("request").dump()) << what;
-      std::size_t index = 0;
-      for (const auto* loop : {&made.prior, &made.decoder}) {
-        if (!*loop) continue;
-        std::vector<double> scales;
-        for (const auto& row : (*loop)->scales) scales.insert(scales.end(), row.begin(), row.end());
-        expect_told(scales, wanted.at("scales")[index++], what);
-      }
+      expect_plan(made, one.at("plan"), what);
     } catch (const Error& error) {
       ASSERT_TRUE(one.contains("error")) << what << ": " << error.what();
       expect_error(error, one.at("error"), what);
     }
   }
+}
+
+TEST(Vectors, ControlNetsOfEveryKind) {
+  const Json& all = vectors().at("controls");
+  std::size_t refused = 0;
+  for (const Json& one : all.at("cases")) {
+    Json document = all.at("manifest");
+    if (one.contains("path")) at_path(document, one.at("path")) = one.at("value");
+    const std::string what = one.dump().substr(0, 300);
+    try {
+      const Request request = request_from(one.at("request"));
+      const Manifest manifest = Manifest::from_json(document.dump(), "tiny");
+      const Planned made = plan(request, manifest, all_of(manifest), gather(request, {}), Part::picture);
+      ASSERT_TRUE(one.contains("plan")) << what;
+      ASSERT_TRUE(made.control.has_value()) << what;
+      expect_plan(made, one.at("plan"), what);
+    } catch (const Error& error) {
+      ASSERT_TRUE(one.contains("error")) << what << ": " << error.what();
+      ++refused;
+      expect_error(error, one.at("error"), what);
+    }
+  }
+  EXPECT_GT(refused, 5U);
+  EXPECT_GT(all.at("cases").size() - refused, 5U);
 }
 
 TEST(Vectors, Pictures) {
@@ -197,6 +262,14 @@ TEST(Vectors, Pictures) {
       expect_told(encoder_pixels(picture, 24, 40).data, one.at("pixels"), what + ": pixels");
       expect_told(encoder_pixels(picture, 70, 35).data, one.at("large"), what + ": large");
       expect_told(mask_on_grid(mask, 3, 5).data, one.at("grid"), what + ": grid");
+      std::size_t index = 0;
+      for (const auto& kind : {std::make_pair("canny", 1), {"picture", 1}, {"picture", 3}, {"inpainting", 4}}) {
+        for (const auto& size : {std::array<std::int64_t, 2>{24, 40}, {70, 35}}) {
+          const Tensor made = control_pixels({kind.first, "", size, kind.second}, picture, mask, true);
+          EXPECT_EQ(made.shape, (Shape{1, kind.second, size[0], size[1]}));
+          expect_told(made.data, one.at("control")[index++], what + ": shown to " + kind.first);
+        }
+      }
     } catch (const Error& error) {
       ASSERT_TRUE(one.contains("error")) << what << ": " << error.what();
       expect_error(error, one.at("error"), what);
@@ -212,11 +285,10 @@ TEST(Vectors, DamagedManifests) {
   for (std::size_t i = 0; i < cases.size(); ++i) {
     const Json& one = cases[i];
     Json changed = whole;
-    Json* owner = &changed;
     const Json& path = one.at("path");
-    for (std::size_t at = 0; at + 1 < path.size(); ++at) {
-      owner = path[at].is_number() ? &(*owner)[path[at].get<std::size_t>()] : &(*owner)[path[at].get<std::string>()];
-    }
+    Json above = path;
+    if (!above.empty()) above.erase(above.size() - 1);
+    Json* owner = &at_path(changed, above);
     if (i > 0 && path.back().is_number()) {
       if (one.at("remove").get<bool>()) {
         owner->erase(path.back().get<std::size_t>());

@@ -24,12 +24,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from cascade_rt import CascadePipeline
 from cascade_rt.bundle import default_bundle_path
+from cascade_rt.control import control_pixels, enlarged, on_grid
 from cascade_rt.errors import CascadeError, shown
 from cascade_rt.image import resize_bilinear
 from cascade_rt.manifest import MANIFEST, Manifest, TokenizerRecord
 from cascade_rt.noise import PictureNoise
 from cascade_rt.pictures import clip_pixels, encoder_pixels, mask_on_grid, open_mask, open_picture
-from cascade_rt.plan import plan
+from cascade_rt.plan import Plan, plan
 from cascade_rt.request import Request, Tensors
 from cascade_rt.sampling import PREDICTION_TYPES, SAMPLERS, guide, make_schedule, timestep_embedding
 from cascade_rt.text import PromptTokenizer
@@ -98,11 +99,25 @@ def array_cases() -> dict[str, Any]:
         return PictureNoise("torch-cpu", [seed], shape[0]).normal(shape)
 
     resizes = [
-        {"seed": i, "shape": shape, "size": size, "made": told(resize_bilinear(drawn(i, tuple(shape)), *size))}
+        {
+            "seed": i,
+            "shape": shape,
+            "size": size,
+            "corners": corners,
+            "made": told(resize_bilinear(drawn(i, tuple(shape)), *size, corners=corners)),
+        }
+        for corners in (True, False)
         for i, (shape, size) in enumerate(
             (([1, 16, 6, 6], [32, 32]), ([2, 16, 5, 9], [20, 48]), ([1, 4, 1, 7], [1, 3]), ([1, 2, 24, 24], [128, 128]))
         )
     ]
+    grids = [
+        {"seed": i, "shape": shape, "size": size, "made": told(on_grid(drawn(i, tuple(shape)), *size))}
+        for i, (shape, size) in enumerate(
+            (([1, 4, 6, 6, 5], [6, 6]), ([1, 3, 8, 5, 7], [3, 9]), ([1, 1, 1, 1, 4], [2, 2]))
+        )
+    ]
+    doubled = {"seed": 3, "shape": [2, 16, 3, 5], "made": told(enlarged(drawn(3, (2, 16, 3, 5))))}
     guides = [
         {
             "seed": seed,
@@ -117,7 +132,7 @@ def array_cases() -> dict[str, Any]:
         }
         for seed, scale, rescale in ((1, 1.5, 0.7), (2, 4.0, 0.0), (3, 7.3, 1.0))
     ]
-    return {"resizes": resizes, "guides": guides}
+    return {"resizes": resizes, "guides": guides, "grids": grids, "enlarged": [doubled]}
 
 
 WORDS = [
@@ -415,6 +430,32 @@ REQUESTS: list[dict[str, Any] | Any] = [
     {"prompt": "a", "init_image": INIT, "mask_image": SMALL, "seeds": [1]},
     {"prompt": "a", "init_image": LONG, "seeds": [1]},
     {"prompt": "a", "images": [{"image": INIT}], "seeds": [1]},
+    {"prompt": "a", "control_image": INIT, "seeds": [1]},
+    {"control_image": INIT, "control_filtered": True, "seeds": [1, 2], "prior": {"guidance_scale": 3}},
+    {"prompt": "a", "control_image": SMALL, "control_scale": -2, "control_kind": "canny", "height": 128, "seeds": [1]},
+    {"prompt": "a", "control_image": INIT, "init_image": INIT, "mask_image": INIT, "strength": 0.5, "seeds": [1]},
+    {"prompt": "a", "control_image": INIT, "images": [{"image": SMALL}], "seeds": [1]},
+    {"prompt": "a", "control_image": LONG, "seeds": [1]},
+    {"prompt": "a", "control_image": 3},
+    {"prompt": "a", "control_image": ""},
+    {"prompt": "a", "control_image": "/nowhere/x.png"},
+    {"prompt": "a", "control_scale": 10.5},
+    {"prompt": "a", "control_scale": "1"},
+    {"prompt": "a", "control_scale": None},
+    {"prompt": "a", "control_kind": "depth"},
+    {"prompt": "a", "control_kind": 1},
+    {"prompt": "a", "control_filtered": 1},
+    {"prompt": "a", "control_filtered": None},
+    {"prompt": "a", "control_kind": "canny"},
+    {"prompt": "a", "control_filtered": True, "control_scale": 2, "seeds": [1]},
+    {"prompt": "a", "control_image": INIT, "control_kind": "picture"},
+    {"prompt": "a", "control_image": INIT, "control_kind": "inpainting"},
+    {"prompt": "a", "control_image": INIT, "control_kind": "inpainting", "mask_image": INIT},
+    {"prompt": "a", "control_image": INIT, "control_kind": "super_resolution", "seeds": [1]},
+    {"prompt": "a", "control_image": INIT, "mask_image": INIT},
+    {"prompt": "a", "control_image": INIT, "mask_image": SMALL},
+    {"prompt": "a", "control_image": INIT, "strength": 0.5},
+    {"prompt": "a", "control_image": INIT, "init_image": INIT, "strength": 0},
     {"prompt": "a", "loras": [{"file": "x.safetensors", "scale": 0.5}, {"file": "y"}], "seeds": [1]},
     {"prompt": "a", "loras": [{"scale": 1}]},
     {"prompt": "a", "loras": [{"file": ""}]},
@@ -437,21 +478,90 @@ def request_cases() -> Iterator[dict[str, Any]]:
         except CascadeError as error:
             yield {**case, "error": refusal(error)}
             continue
-        loops = [loop for loop in (made.prior, made.decoder) if loop is not None]
-        full = json.loads(made.request.to_json())
-        if request.seeds is None:
-            del full["seeds"]
-        yield {
-            **case,
-            "plan": {
-                "pictures": made.pictures,
-                "sizes": [*made.sizes.prior, *made.sizes.decoder, *made.sizes.picture],
-                "engines": list(made.engines),
-                "memory": made.memory,
-                "request": full,
-                "scales": [told(np.asarray(loop.scales, np.float64)) for loop in loops],
-            },
-        }
+        yield {**case, "plan": planned(made, request)}
+
+
+def planned(made: Plan, request: Request) -> dict[str, Any]:
+    """What both sides must say of a plan."""
+    loops = [loop for loop in (made.prior, made.decoder) if loop is not None]
+    full = json.loads(made.request.to_json())
+    if request.seeds is None:
+        del full["seeds"]
+    facts = {
+        "pictures": made.pictures,
+        "sizes": [*made.sizes.prior, *made.sizes.decoder, *made.sizes.picture],
+        "engines": [[name, list(features)] for name, features in made.engine_keys],
+        "memory": made.memory,
+        "request": full,
+        "scales": [told(np.asarray(loop.scales, np.float64)) for loop in loops],
+    }
+    if made.control is not None:
+        facts["control"] = [made.control.engine, *made.control.pixels, made.control.channels]
+    return facts
+
+
+def with_controlnets() -> dict[str, Any]:
+    """The shipped manifest with a ControlNet of every kind: the canny one's record under other names."""
+    document: dict[str, Any] = json.loads((default_bundle_path() / MANIFEST).read_text())
+    canny = next(record for record in document["engines"] if record["name"] == "controlnet.canny")
+    for kind, channels in (("inpainting", 4), ("super_resolution", 16), ("picture", 3)):
+        record = copy.deepcopy(canny) | {"name": f"controlnet.{kind}"}
+        record["inputs"][0]["axes"][1] = channels
+        document["engines"].append(record)
+        document["models"][f"controlnet_{kind}"] = copy.deepcopy(document["models"]["controlnet_canny"])
+    return document
+
+
+CONFIG = ("models", "controlnet_canny", "config")
+CONTROLLED: list[tuple[dict[str, Any], tuple[tuple[Any, ...], Any] | None]] = [
+    ({}, None),
+    ({"control_kind": "canny"}, None),
+    ({"control_kind": "picture", "height": 200, "width": 328}, None),
+    ({"control_kind": "super_resolution"}, None),
+    ({"control_kind": "super_resolution", "height": 600, "prior": {"guidance_scale": 3}, "preset": "fast"}, None),
+    ({"control_kind": "super_resolution", "init_image": INIT}, None),
+    ({"control_kind": "super_resolution", "height": 64, "width": 64}, None),
+    ({"control_kind": "inpainting", "mask_image": INIT}, None),
+    ({"control_kind": "inpainting", "mask_image": INIT, "init_image": INIT}, None),
+    ({"control_kind": "inpainting"}, None),
+    ({"control_kind": "canny", "mask_image": INIT}, None),
+    ({"control_kind": "canny"}, ((*CONFIG, "proj_blocks"), [0, 1, 3])),
+    ({"control_kind": "canny"}, ((*CONFIG, "proj_blocks"), [0, "x"])),
+    ({"control_kind": "canny"}, ((*CONFIG, "proj_blocks"), None)),
+    ({"control_kind": "canny"}, (("models", "stage_c", "config", "control_blocks"), 5)),
+    ({"control_kind": "canny"}, ((*CONFIG, "pixels_per_latent"), "32")),
+    ({"control_kind": "canny"}, ((*CONFIG, "pixels_per_latent"), True)),
+    ({"control_kind": "canny"}, ((*CONFIG, "pixels_per_latent"), 0.5)),
+    ({"control_kind": "canny"}, ((*CONFIG, "pixels_per_latent"), 20)),
+    ({"control_kind": "canny"}, ((*CONFIG, "pixels_per_latent"), 1000)),
+    ({"control_kind": "canny"}, (("engines", 11, "inputs", 0, "axes", 1), "height")),
+    ({"control_kind": "canny"}, (("engines", 5, "features"), ["other"])),
+    ({"control_kind": "canny"}, (("engines", 3, "features"), ["other"])),
+]
+"""Fields of requests with a control picture, and a change of the manifest: its path and the value."""
+
+
+def control_cases() -> Iterator[dict[str, Any]]:
+    """What a bundle with every kind of ControlNet makes of requests, and of damages of its own."""
+    document = with_controlnets()
+    runner = CascadePipeline.from_pretrained(provider="cpu")._runner
+    for fields, change in CONTROLLED:
+        values = {"prompt": "a", "control_image": INIT, "seeds": [1, 2], **fields}
+        changed = copy.deepcopy(document)
+        case: dict[str, Any] = {"request": values}
+        if change is not None:
+            owner = changed
+            for key in change[0][:-1]:
+                owner = owner[key]
+            owner[change[0][-1]] = change[1]
+            case |= {"path": list(change[0]), "value": change[1]}
+        try:
+            request = Request.from_dict(values)
+            manifest = Manifest.from_json(json.dumps(changed), "tiny")
+            case["plan"] = planned(plan(request, manifest, runner.gather(request, Tensors())), request)
+        except CascadeError as error:
+            case["error"] = refusal(error)
+        yield case
 
 
 ODD: list[Any] = [
@@ -597,6 +707,11 @@ def picture_cases() -> list[dict[str, Any]]:
                 "pixels": told(encoder_pixels(picture, 24, 40)),
                 "large": told(encoder_pixels(picture, 70, 35)),
                 "grid": told(mask_on_grid(mask, 3, 5)),
+                "control": [
+                    told(control_pixels(kind, picture, mask, size, channels, True))
+                    for kind, channels in (("canny", 1), ("picture", 1), ("picture", 3), ("inpainting", 4))
+                    for size in ((24, 40), (70, 35))
+                ],
             }
         )
     for what, place in BROKEN.items():
@@ -622,6 +737,7 @@ def vectors() -> dict[str, Any]:
         **array_cases(),
         "shown": shown_cases(),
         "requests": list(request_cases()),
+        "controls": {"manifest": with_controlnets(), "cases": list(control_cases())},
         "manifests": list(damaged_manifests()),
         "pictures": picture_cases(),
         "tokens": token_cases(),

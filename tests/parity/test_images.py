@@ -109,19 +109,23 @@ def test_encoder_pixels_are_torchs(size: tuple[int, int], target: tuple[int, int
     np.testing.assert_allclose(made, wanted, atol=3e-3)
 
 
+@pytest.mark.parametrize("corners", [True, False])
 @pytest.mark.parametrize(
     "sizes", [(2, 3, 5, 7), (6, 6, 32, 32), (24, 24, 128, 128), (3, 5, 2, 3), (1, 1, 4, 4), (4, 4, 1, 1)]
 )
-def test_resize_is_torchs(sizes: tuple[int, int, int, int]) -> None:
+def test_resize_is_torchs(sizes: tuple[int, int, int, int], corners: bool) -> None:
     height, width, rows, columns = sizes
     x = np.random.default_rng(0).standard_normal((2, 16, height, width)).astype(np.float32)
-    wanted = torch.nn.functional.interpolate(
-        torch.from_numpy(x), size=(rows, columns), mode="bilinear", align_corners=True
-    ).numpy()
-    np.testing.assert_allclose(resize_bilinear(x, rows, columns), wanted, atol=1e-5)
+    wanted, other = (
+        torch.nn.functional.interpolate(
+            torch.from_numpy(x), size=(rows, columns), mode="bilinear", align_corners=aligned
+        ).numpy()
+        for aligned in (corners, not corners)
+    )
+    made = resize_bilinear(x, rows, columns, corners=corners)
+    np.testing.assert_allclose(made, wanted, atol=1e-5)
     if rows > 1 and height > 1:
-        other = torch.nn.functional.interpolate(torch.from_numpy(x), size=(rows, columns), mode="bilinear").numpy()
-        assert np.abs(resize_bilinear(x, rows, columns) - other).max() > 1e-3 or (rows, columns) == (height, width)
+        assert np.abs(made - other).max() > 1e-3 or (rows, columns) == (height, width)
 
 
 def test_to_pil_is_diffusers() -> None:

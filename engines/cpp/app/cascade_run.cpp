@@ -64,7 +64,10 @@ constexpr Flag kFlagTable[] = {
     {"--image", "FILE[:WEIGHT]", "picture to vary; repeatable"},
     {"--init", "FILE", "picture to begin from"},
     {"--strength", "X", "0..1, how much of it is drawn anew (default: 0.8, or 1 with --mask)"},
-    {"--mask", "FILE", "white where the picture of --init is drawn anew; black is kept"},
+    {"--mask", "FILE", "white where the picture of --init is drawn anew, or what --control fills"},
+    {"--control", "FILE[:SCALE]", "picture that a ControlNet of the bundle follows"},
+    {"--control-kind", "NAME", "canny, inpainting, super_resolution, picture (default: the bundle's only one)"},
+    {"--control-filtered", nullptr, "--control shows the edges themselves, white on black"},
     {"--lora", "FILE[:SCALE]", "LoRA file to apply; repeatable"},
     {"--reconstruct", "FILE", "encode a picture and decode it again, and print the PSNR"},
     {"--provider", "NAME", "auto, cpu, cuda, ort-tensorrt, openvino (default: auto)"},
@@ -128,7 +131,7 @@ Arguments parse(const std::vector<std::string>& words) {
       value = words[++i];
     }
     static const std::vector<std::string> places{"--bundle", "--output", "--from", "--image",       "--init",
-                                                 "--mask",   "--lora",   "--preview", "--reconstruct"};
+                                                 "--mask",   "--lora",   "--preview", "--reconstruct", "--control"};
     if (value && value->empty() && std::find(places.begin(), places.end(), word) != places.end()) {
       const std::string name = word == "--output" ? "-o/--output" : word;
       throw RequestError("argument " + name + ": '' is no name of a file or folder; see cascade-run-cpp --help");
@@ -190,13 +193,20 @@ std::pair<std::string, std::optional<Json>> file_and_number(const std::string& t
   return {text.substr(0, colon), fine ? Json(made) : Json(tail)};
 }
 
-Json image_from(const std::string& text) {
-  const auto [file, weight] = file_and_number(text);
-  if (weight && weight->is_string()) {
-    throw RequestError("--image " + shown(text) + ": " + shown(*weight) +
-                       " is no weight; write FILE or FILE:WEIGHT, for example photo.jpg:0.8");
+/// FILE or FILE:NUMBER of --image or --control; the number is 1 where there is none.
+std::pair<std::string, Json> weighted(const std::string& flag, const std::string& text) {
+  const auto [file, number] = file_and_number(text);
+  if (number && number->is_string()) {
+    const bool control = flag == "--control";
+    throw RequestError(flag + " " + shown(text) + ": " + shown(*number) + " is no " + (control ? "scale" : "weight") +
+                       "; write FILE or FILE:" + (control ? "SCALE" : "WEIGHT") + ", for example photo.jpg:0.8");
   }
-  return Json{{"image", file}, {"weight", weight.value_or(1.0)}};
+  return {file, number.value_or(1.0)};
+}
+
+Json image_from(const std::string& text) {
+  const auto [file, weight] = weighted("--image", text);
+  return Json{{"image", file}, {"weight", weight}};
 }
 
 Json lora_from(const std::string& text) {
@@ -231,7 +241,7 @@ Request requested(const Arguments& args) {
     throw RequestError("--reconstruct stands alone; leave --init and --from out");
   }
   const auto init = reconstruct ? reconstruct : args.text("--init");
-  if (!args.prompt && !args.has("--from") && !init && args.images.empty()) {
+  if (!args.prompt && !args.has("--from") && !init && args.images.empty() && !args.has("--control")) {
     throw RequestError("there is no prompt; write what to draw, for example: cascade-run-cpp 'a red circle'");
   }
   const Request base = args.has("--from") ? Request::from_json(read_request(*args.text("--from"))) : Request{};
@@ -264,6 +274,14 @@ Request requested(const Arguments& args) {
   put("--preset", "preset");
   put("--mask", "mask_image");
   if (init) values["init_image"] = *init;
+  if (const auto text = args.text("--control")) {
+    const auto [file, scale] = weighted("--control", *text);
+    values["control_image"] = file;
+    values["control_scale"] = scale;
+    values["control_filtered"] = false;
+  }
+  put("--control-kind", "control_kind");
+  if (args.has("--control-filtered")) values["control_filtered"] = true;
   if (const auto text = args.text("--strength")) values["strength"] = number(*text, false);
   if (reconstruct) values["strength"] = 0.0;
   if (!args.images.empty()) {
@@ -454,6 +472,7 @@ void help() {
       "\nexamples:\n  cascade-run-cpp \"a red circle\" --bundle bundle -o circle.png --seed 0\n"
       "  cascade-run-cpp --from circle.png --bundle bundle --steps 30 -o finer.png\n"
       "  cascade-run-cpp --image photo.png:0.8 \"in winter\" --bundle bundle -o winter.png\n"
+      "  cascade-run-cpp \"a red star\" --control edges.png --control-filtered --bundle bundle -o red-star.png\n"
       "  cascade-run-cpp \"a green star\" --init circle.png --strength 0.7 --bundle bundle -o star.png\n"
       "  cascade-run-cpp --reconstruct circle.png --bundle bundle -o again.png\n");
 }

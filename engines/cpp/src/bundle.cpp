@@ -224,7 +224,8 @@ std::string Bundle::Impl::command(const std::string& engine, const std::string& 
   return made + " " + out_words(path);
 }
 
-BundleError Bundle::Impl::missing(const std::string& engine, const std::string& runtime) const {
+BundleError Bundle::Impl::missing(const std::string& engine, const std::string& runtime,
+                                  const std::vector<std::string>& features) const {
   std::vector<std::string> having;
   for (const auto& record : manifest.engines) {
     std::string words = record.runtime;
@@ -232,10 +233,12 @@ BundleError Bundle::Impl::missing(const std::string& engine, const std::string& 
     if (record.name == engine && std::find(having.begin(), having.end(), words) == having.end()) having.push_back(words);
   }
   const std::string kind = having.empty() ? "engine" : runtime + " engine";
-  return BundleError("the bundle " + name_of(path) + " has no " + kind + " " + engine +
+  std::string wanted = engine;
+  for (const auto& feature : features) wanted += " with " + feature;
+  return BundleError("the bundle " + name_of(path) + " has no " + kind + " " + wanted +
                          (having.empty() ? "" : " (it has " + joined(having) + ")") +
                          "; add it with: " + command(engine, runtime),
-                     "engines", repr(engine));
+                     "engines", repr(wanted));
 }
 
 }  // namespace cascade_rt

@@ -39,7 +39,8 @@ struct Bundle::Impl {
   /// The command that makes an engine.
   std::string command(const std::string& engine, const std::string& runtime = "onnx") const;
   /// The error of an engine that the bundle does not have.
-  BundleError missing(const std::string& engine, const std::string& runtime) const;
+  BundleError missing(const std::string& engine, const std::string& runtime,
+                      const std::vector<std::string>& features) const;
 
  private:
   void check(const std::string& name, const std::string& place) const;

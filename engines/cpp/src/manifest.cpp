@@ -466,6 +466,7 @@ Manifest Manifest::from_json(const std::string& text, const std::string& where) 
       record.prediction_type = own.at("prediction_type").get<std::string>();
     }
     record.loras = own.value("loras", std::vector<std::string>{});
+    record.config = own.at("config");
     made.models[item.key()] = record;
   }
   for (const auto& item : (document.contains("files") ? document.at("files") : none).items()) {

@@ -107,6 +107,7 @@ struct ModelFacts {
 struct ModelRecord {
   std::optional<std::string> weights, prediction_type;
   std::vector<std::string> loras;
+  Json config;  // an object
 };
 
 struct TokenizerRecord {

@@ -400,6 +400,31 @@ Tensor mask_on_grid(const Mask& mask, std::int64_t height, std::int64_t width) {
   return made;
 }
 
+std::vector<float> mask_pixels(const Mask& mask, std::int64_t height, std::int64_t width) {
+  const auto cut = middle(mask.width, mask.height, static_cast<double>(width) / static_cast<double>(height));
+  const auto nearest = [](std::int64_t source, std::int64_t target) {  // Pillow adds the step up (ImagingScaleAffine)
+    const double step = static_cast<double>(source) / static_cast<double>(target);
+    std::vector<std::int64_t> made;
+    double position = step * 0.5;
+    for (std::int64_t i = 0; i < target; ++i, position += step) {
+      made.push_back(std::min(static_cast<std::int64_t>(position), source - 1));
+    }
+    return made;
+  };
+  const auto columns = nearest(cut[2] - cut[0], width), rows = nearest(cut[3] - cut[1], height);
+  std::vector<float> made;
+  for (const std::int64_t y : rows) {
+    for (const std::int64_t x : columns) {
+      made.push_back(mask.free[static_cast<std::size_t>((cut[1] + y) * mask.width + cut[0] + x)] != 0 ? 1.0F : 0.0F);
+    }
+  }
+  return made;
+}
+
+std::uint8_t brightness(const std::uint8_t* pixel) {
+  return static_cast<std::uint8_t>((pixel[0] * 19595U + pixel[1] * 38470U + pixel[2] * 7471U + 0x8000U) >> 16U);
+}
+
 Tensors gather(const Request& request, const Tensors& given) {
   check(request);
   Tensors made = given;
@@ -412,6 +437,7 @@ Tensors gather(const Request& request, const Tensors& given) {
   }
   if (request.init_image) made.init_image = open_picture(*request.init_image, "init_image");
   if (request.mask_image) made.mask = open_mask(*request.mask_image, "mask_image");
+  if (request.control_image) made.control = open_picture(*request.control_image, "control_image");
   check_tensors(made);
   if (made.images.size() > static_cast<std::size_t>(tables::kMaxImages)) {
     throw RequestError("images has " + std::to_string(made.images.size()) + " pictures; up to " +
@@ -428,11 +454,13 @@ Tensors gather(const Request& request, const Tensors& given) {
   }
   if (made.init_image) check_image("init_image", *made.init_image);
   if (made.mask) check_mask(*made.mask);
-  if (made.init_image && made.mask &&
-      (made.mask->width != made.init_image->width || made.mask->height != made.init_image->height)) {
+  if (made.control) check_image("control_image", *made.control);
+  const auto& masked = made.init_image ? made.init_image : made.control;
+  if (masked && made.mask && (made.mask->width != masked->width || made.mask->height != masked->height)) {
+    const std::string field = made.init_image ? "init_image " : "control_image ";
     throw RequestError("mask_image has " + std::to_string(made.mask->width) + " x " + std::to_string(made.mask->height) +
-                           " pixels, and init_image " + std::to_string(made.init_image->width) + " x " +
-                           std::to_string(made.init_image->height) + "; they must have one size",
+                           " pixels, and " + field + std::to_string(masked->width) + " x " +
+                           std::to_string(masked->height) + "; they must have one size",
                        "mask_image");
   }
   return made;
@@ -469,9 +497,7 @@ Mask open_mask(const std::string& source, const std::string& field) {
   made.free.resize(picture.width * picture.height);
   for (std::size_t i = 0; i < made.free.size(); ++i) {
     const std::uint8_t* pixel = picture.rgba.data() + i * 4;
-    // brightness of ITU-R 601, in Pillow's integers
-    const unsigned bright = (pixel[0] * 19595U + pixel[1] * 38470U + pixel[2] * 7471U + 0x8000U) >> 16U;
-    made.free[i] = (picture.transparency ? pixel[3] < 128 : bright >= 128) ? 1 : 0;
+    made.free[i] = (picture.transparency ? pixel[3] < 128 : brightness(pixel) >= 128) ? 1 : 0;
   }
   return made;
 }

@@ -18,6 +18,12 @@ Tensor encoder_pixels(const Image& picture, std::int64_t height, std::int64_t wi
 /// A mask on a coarser grid: [1, 1, height, width], 1 for every cell of which more than 0.5 of 255 is drawn anew.
 Tensor mask_on_grid(const Mask& mask, std::int64_t height, std::int64_t width);
 
+/// A mask cut and resized as a picture is, to its nearest pixels: [height * width], 1 where something new is drawn.
+std::vector<float> mask_pixels(const Mask& mask, std::int64_t height, std::int64_t width);
+
+/// Brightness of a pixel (ITU-R 601), in Pillow's integers.
+std::uint8_t brightness(const std::uint8_t* pixel);
+
 /// The largest box (left, top, right, bottom) of an aspect, width over height, around the middle of a picture.
 std::array<std::int64_t, 4> middle(std::int64_t width, std::int64_t height, double aspect);
 

@@ -8,6 +8,7 @@
 #include <random>
 #include <thread>
 
+#include "control.hpp"
 #include "engine.hpp"
 #include "lora.hpp"
 #include "pictures.hpp"
@@ -245,6 +246,7 @@ class Denoising {
 struct Embeddings {
   std::optional<Tensor> prompt, pooled, negative, negative_pooled;
   std::optional<Tensor> images;                       // [1, n, I], CLIP embeddings of the pictures to vary
+  std::optional<Tensor> residuals;                    // [1, n, h, w, C], what a ControlNet adds, on Stage C's grid
   std::optional<Tensor> init, init_free;              // [1, 16, h, w], [1, 1, h, w]: the picture that is begun from
   std::optional<Tensor> decoder_init, decoder_free;   // the same as Stage B's latents, where a mask keeps a part
 };
@@ -305,8 +307,8 @@ struct Pipeline::Impl {
   std::atomic<bool> closed{false};
 
   std::mutex keeping;
-  std::map<std::string, std::shared_ptr<const Engine>> engines;
-  std::vector<std::string> together;
+  std::map<EngineKey, std::shared_ptr<const Engine>> engines;
+  std::vector<EngineKey> together;
   double load_seconds = 0;
 
   std::vector<LoraFile> loras;   // applied to every request, beside its own
@@ -353,10 +355,10 @@ struct Pipeline::Impl {
 
   // --- engines ------------------------------------------------------------------------------------------------------
 
-  const EngineRecord& record(const std::string& name) const {
-    if (const auto* found = record_of(records, name)) return *found;
-    const auto there = manifest().records(name, "onnx");
-    if (there.empty()) throw bundle->impl().missing(name, "onnx");
+  const EngineRecord& record(const std::string& name, const Features& features = {}) const {
+    if (const auto* found = record_of(records, name, features)) return *found;
+    const auto there = manifest().records(name, "onnx", features);
+    if (there.empty()) throw bundle->impl().missing(name, "onnx", features);
     std::vector<std::string> precisions;
     for (const auto* one : there) precisions.push_back(one->precision.name);
     throw EngineError("the bundle " + name_of(bundle->path()) + " has " + name + " in " + joined(precisions) +
@@ -365,8 +367,8 @@ struct Pipeline::Impl {
                       bundle->impl().command(name) + " --precision fp32");
   }
 
-  std::shared_ptr<const Engine> open(const std::string& name) const {
-    const EngineRecord& own = record(name);
+  std::shared_ptr<const Engine> open(const EngineKey& key) const {
+    const EngineRecord& own = record(key.first, key.second);
     for (const auto& weights : own.weights) bundle->impl().file(weights);
     std::string path = bundle->impl().file(own.file);
     if (changed(own, replaced)) path = lora_folder + "/" + own.file;
@@ -442,46 +444,46 @@ struct Pipeline::Impl {
   }
 
   /// An engine, loaded if it is not, with those of the same request beside it, two at a time.
-  std::shared_ptr<const Engine> engine(const std::string& name) {
+  std::shared_ptr<const Engine> engine(const EngineKey& key) {
     {
       const std::lock_guard<std::mutex> lock(keeping);
       if (closed) throw EngineError(kClosed);
-      const auto found = engines.find(name);
+      const auto found = engines.find(key);
       if (found != engines.end()) return found->second;
     }
     const double started = now();
-    std::deque<std::string> waiting{name};
+    std::deque<EngineKey> waiting{key};
     if (!options.low_memory && (provider == "cpu" || provider == "openvino")) {
       const std::lock_guard<std::mutex> lock(keeping);  // `close` may come from another thread
       for (const auto& other : together) {
-        if (other != name && engines.count(other) == 0) waiting.push_back(other);
+        if (other != key && engines.count(other) == 0) waiting.push_back(other);
       }
     }
     load(waiting);
     load_seconds += now() - started;
     const std::lock_guard<std::mutex> lock(keeping);
-    const auto found = engines.find(name);
+    const auto found = engines.find(key);
     if (found == engines.end()) throw EngineError(kClosed);
     return found->second;
   }
 
-  void load(std::deque<std::string>& waiting) {
+  void load(std::deque<EngineKey>& waiting) {
     std::mutex guard;
     std::exception_ptr failure;
     const auto work = [&] {
       for (;;) {
-        std::string name;
+        EngineKey key;
         {
           const std::lock_guard<std::mutex> lock(guard);
           if (waiting.empty()) return;
-          name = waiting.front();
+          key = waiting.front();
           waiting.pop_front();
         }
         try {
-          auto made = open(name);
+          auto made = open(key);
           const std::lock_guard<std::mutex> lock(keeping);
           if (closed) throw EngineError(kClosed);
-          engines[name] = std::move(made);
+          engines[key] = std::move(made);
         } catch (...) {
           const std::lock_guard<std::mutex> lock(guard);
           waiting.clear();
@@ -499,34 +501,40 @@ struct Pipeline::Impl {
     if (failure) std::rethrow_exception(failure);
   }
 
-  /// Within the life of what this returns, the first engine that must be loaded brings all of `names` with it.
+  /// Within the life of what this returns, the first engine that must be loaded brings all of `keys` with it.
   struct Together {
     Impl& own;
-    Together(Impl& impl, const std::vector<std::string>& names) : own(impl) { own.together = names; }
+    Together(Impl& impl, std::vector<EngineKey> keys) : own(impl) { own.together = std::move(keys); }
     Together(const Together&) = delete;
     Together& operator=(const Together&) = delete;
     ~Together() { own.together.clear(); }
   };
 
-  void done_with(const std::string& name) {
+  void done_with(const EngineKey& key) {
     if (!options.low_memory) return;
     std::shared_ptr<const Engine> last;
     const std::lock_guard<std::mutex> lock(keeping);
-    const auto found = engines.find(name);
+    const auto found = engines.find(key);
     if (found != engines.end()) {
       last = std::move(found->second);
       engines.erase(found);
     }
   }
 
-  Outputs call(const std::string& name, const Feeds& feeds, const Context& constants = {}) {
-    const auto own = engine(name);
-    struct Done {
-      Impl& impl;
-      const std::string& name;
-      ~Done() { impl.done_with(name); }
-    } done{*this, name};
-    return own->run(feeds, constants);
+  /// An engine while it is used; with low memory it is closed afterwards.
+  struct Used {
+    Impl& own;
+    EngineKey key;
+    std::shared_ptr<const Engine> engine;
+    Used(Impl& impl, EngineKey name) : own(impl), key(std::move(name)), engine(impl.engine(key)) {}
+    Used(const Used&) = delete;
+    Used& operator=(const Used&) = delete;
+    ~Used() { own.done_with(key); }
+  };
+
+  Outputs call(const std::string& name, const Feeds& feeds, const Features& features = {}) {
+    const Used used(*this, {name, features});
+    return used.engine->run(feeds, {});
   }
 
   // --- one request at a time -----------------------------------------------------------------------------------------
@@ -565,10 +573,15 @@ struct Pipeline::Impl {
 
   Planned plan(const Request& request, const Tensors& given, Part part) const {
     try {
-      return detail::plan(request, manifest(), records, given, part);
+      Planned made = detail::plan(request, manifest(), records, given, part);
+      if (made.control) check_filter(*made.control, request.control_filtered);
+      return made;
     } catch (const BundleError& error) {
       for (const auto& row : tables::kEngines) {
-        if (error.field() == row.name) record(error.field());  // says what the bundle has, and what adds the engine
+        if (error.field() != row.name) continue;
+        const bool controlled = given.control && part != Part::decoder && stage_of(error.field()) == std::string("c");
+        // says what the bundle has, and what adds the engine
+        record(error.field(), controlled ? Features{tables::kControl} : Features{});
       }
       throw;
     }
@@ -628,10 +641,28 @@ struct Pipeline::Impl {
       made = embed_texts(planned, given);
     }
     made.images = given.image_embeds;
-    if (given.images.empty() && !planned.init) return made;
+    if (given.images.empty() && !planned.init && !planned.control) return made;
     const Timed timed(*this, timings, "encoders");
     if (!given.images.empty()) made.images = encode_images(given);
     if (planned.init) encode_init(planned, given, made);
+    if (planned.control) made.residuals = encode_control(planned, *planned.control, given);
+    return made;
+  }
+
+  /// What a ControlNet adds to Stage C, on its grid, times the control scale: [1, n, h, w, C].
+  Tensor encode_control(const Planned& planned, const ControlPlan& control, const Tensors& given) {
+    Tensor shown_to;
+    if (control.kind == "super_resolution") {
+      const Tensor pixels = encoder_pixels(given.control.value(), control.pixels[0], control.pixels[1]);
+      Outputs out = call("effnet_encoder", {{"pixels", Feed::of(pixels)}});
+      shown_to = enlarged(host(out, "latents"));
+    } else {
+      shown_to = control_pixels(control, given.control.value(), given.mask, planned.request.control_filtered);
+    }
+    Outputs out = call(control.engine, {{"control", Feed::of(shown_to)}});
+    Tensor made = on_grid(host(out, "residuals"), planned.prior_size[0], planned.prior_size[1]);
+    const auto scale = static_cast<float>(planned.request.control_scale);
+    for (float& one : made.data) one *= scale;
     return made;
   }
 
@@ -712,18 +743,14 @@ struct Pipeline::Impl {
 
   Tensor denoise(const LoopPlan& loop, Denoising& denoising, std::map<std::string, Tensor> conditions,
                  const StepCallback& on_step) {
-    const std::int64_t dim = number_axis(record(loop.stage + ".context"), "timestep_embedding", 1);
+    const std::string step_name = loop.stage + ".step", context_name = loop.stage + ".context";
+    const std::int64_t dim = number_axis(record(context_name, loop.features), "timestep_embedding", 1);
     conditions["timestep_embedding"] = timestep_embedding(loop.schedule.ratios, dim);
     Feeds feeds;
     for (const auto& item : conditions) feeds.emplace(item.first, Feed::of(item.second));
-    const Context context = call(loop.stage + ".context", feeds).device;
-    const std::string name = loop.stage + ".step";
-    const auto own = engine(name);
-    struct Done {
-      Impl& impl;
-      const std::string& name;
-      ~Done() { impl.done_with(name); }
-    } done{*this, name};
+    const Context context = call(context_name, feeds, loop.features).device;
+    const Used used(*this, {step_name, loop.features});
+    const Engine& own = *used.engine;
     std::vector<std::size_t> rows_now;
     Context bound;
     for (std::int64_t step = 0; step < loop.schedule.size(); ++step) {
@@ -734,15 +761,15 @@ struct Pipeline::Impl {
       if (closed) throw EngineError(kClosed);
       const auto rows = denoising.context_rows();
       if (rows != rows_now) {
-        bound = rows_of(context, *own, rows);
+        bound = rows_of(context, own, rows);
         rows_now = rows;
       }
       const double ratio = denoising.ratio();
       const Tensor latents = denoising.inputs();
       const std::vector<std::int64_t> steps(rows.size(), step);
-      Outputs out = own->run({{"latents", Feed::of(latents)},
-                              {"step", Feed::of(steps, {static_cast<std::int64_t>(rows.size())})}},
-                             bound);
+      Outputs out = own.run({{"latents", Feed::of(latents)},
+                             {"step", Feed::of(steps, {static_cast<std::int64_t>(rows.size())})}},
+                            bound);
       denoising.advance(host(out, "prediction"));
       if (on_step) {
         const Step told{loop.stage.c_str(), step, loop.schedule.size(), ratio, denoising.latents(),
@@ -790,7 +817,7 @@ struct Pipeline::Impl {
     const LoopPlan& loop = *planned.prior;
     const double* start = planned.init ? &planned.init->strength : nullptr;
     Denoising denoising = begun(loop, given.latents, noise, texts.init, texts.init_free, start);
-    const std::int64_t image_dim = number_axis(record("stage_c.context"), "clip_img", 2);
+    const std::int64_t image_dim = number_axis(record("stage_c.context", loop.features), "clip_img", 2);
     Tensor image{{1, 1, image_dim}, std::vector<float>(static_cast<std::size_t>(image_dim))};
     if (texts.images) image = *texts.images;
     const Tensor images = repeated(image, planned.pictures);
@@ -801,6 +828,10 @@ struct Pipeline::Impl {
     conditions["clip_text_pooled"] =
         with_negative(*texts.pooled, texts.negative_pooled ? &*texts.negative_pooled : nullptr, guided);
     conditions["clip_img"] = with_negative(images, &none, guided);
+    if (texts.residuals) {  // the authors steer with them in both halves of the guidance
+      const Tensor residuals = repeated(*texts.residuals, planned.pictures);
+      conditions["residuals"] = with_negative(residuals, &residuals, guided);
+    }
     return denoise(loop, denoising, std::move(conditions), on_step);
   }
 
@@ -907,7 +938,7 @@ Result Pipeline::generate(const Request& request, const StepCallback& on_step, c
   const Impl::Turn turn(*impl_);
   std::map<std::string, double> timings;
   impl_->load_loras(planned.request, timings);
-  const Impl::Together together(*impl_, planned.engines);
+  const Impl::Together together(*impl_, planned.engine_keys());
   PictureNoise noise(planned.request.noise, planned.seeds);
   const Embeddings texts = impl_->embed(planned, given, timings);
   const Tensor embeddings = impl_->run_prior(planned, given, texts, noise, on_step, timings);
@@ -920,7 +951,7 @@ PriorResult Pipeline::prior(const Request& request, const StepCallback& on_step,
   const Impl::Turn turn(*impl_);
   PriorResult made;
   impl_->load_loras(planned.request, made.timings);
-  const Impl::Together together(*impl_, planned.engines);
+  const Impl::Together together(*impl_, planned.engine_keys());
   PictureNoise noise(planned.request.noise, planned.seeds);
   const Embeddings texts = impl_->embed(planned, given, made.timings);
   made.image_embeddings = impl_->run_prior(planned, given, texts, noise, on_step, made.timings);
@@ -940,7 +971,7 @@ Result Pipeline::decode(const Request& request, const Tensors& asked, const Step
   const Impl::Turn turn(*impl_);
   std::map<std::string, double> timings;
   impl_->load_loras(planned.request, timings);
-  const Impl::Together together(*impl_, planned.engines);
+  const Impl::Together together(*impl_, planned.engine_keys());
   PictureNoise noise(planned.request.noise, planned.seeds);
   const Tensor embeddings = repeated(*given.image_embeddings, planned.pictures / given.image_embeddings->shape[0]);
   const Embeddings texts = impl_->embed(planned, given, timings);
@@ -1001,7 +1032,7 @@ void Pipeline::interrupt() noexcept { impl_->interrupted = true; }
 
 void Pipeline::close() {
   impl_->closed = true;
-  std::map<std::string, std::shared_ptr<const Engine>> last;
+  std::map<EngineKey, std::shared_ptr<const Engine>> last;
   const std::lock_guard<std::mutex> lock(impl_->keeping);
   last.swap(impl_->engines);
 }

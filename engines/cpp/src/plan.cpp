@@ -21,13 +21,25 @@ std::vector<double> scales_of(const Numbers& numbers) {
 
 bool has(const Numbers& numbers) { return !std::holds_alternative<std::monostate>(numbers); }
 
-const EngineRecord& need(const Records& records, const std::string& name) {
-  const EngineRecord* found = record_of(records, name);
+const EngineRecord& need(const Records& records, const std::string& name, const Features& features = {}) {
+  const EngineRecord* found = record_of(records, name, features);
   if (found == nullptr) {
-    throw BundleError("the bundle has no engine " + name + "; add it with: cascade-export --stage " + stage_of(name),
-                      name);
+    std::string wanted = name, flags = std::string("--stage ") + stage_of(name);
+    for (const auto& feature : features) {
+      wanted += " with " + feature;
+      flags += " --" + feature;
+    }
+    throw BundleError("the bundle has no engine " + wanted + "; add it with: cascade-export " + flags, name);
   }
   return *found;
+}
+
+/// The record of an engine among those of a request, each of which is there with one set of features.
+const EngineRecord* named(const Records& running, const std::string& name) {
+  for (const auto* record : running) {
+    if (record->name == name) return record;
+  }
+  return nullptr;
 }
 
 const AxisRange& range_of(const EngineRecord& record, const std::string& name) {
@@ -196,7 +208,7 @@ void check_loop(const LoopPlan& loop, const EngineRecord& spec) {
 
 void check_embeds(const Records& records, const char* engine, const char* tensor, const char* name,
                   const std::optional<Tensor>& value, std::int64_t count, bool any_size) {
-  const EngineRecord* record = record_of(records, engine);
+  const EngineRecord* record = named(records, engine);
   if (record == nullptr || !value) return;
   const auto& axes = record->tensor(tensor).axes;
   bool fits = value->shape.size() == axes.size() && value->shape[0] == count;
@@ -231,7 +243,7 @@ std::uint64_t memory_of(const Manifest& manifest, const Records& running, const 
   }
   for (const auto* loop : {&planned.prior, &planned.decoder}) {
     if (!*loop) continue;
-    const EngineRecord* spec = record_of(running, (*loop)->stage + ".step");
+    const EngineRecord* spec = named(running, (*loop)->stage + ".step");
     Sizes sizes;
     for (const auto& item : spec->ranges) sizes[item.first] = item.second.opt;
     sizes["batch"] = (*loop)->latents[0] + static_cast<std::int64_t>((*loop)->ever_guided().size());
@@ -251,29 +263,130 @@ std::uint64_t memory_of(const Manifest& manifest, const Records& running, const 
   return total;
 }
 
+// kinds of ControlNets that see something else than a picture; the others are in tables::kControlKinds
+constexpr const char *kInpainting = "inpainting", *kSuperResolution = "super_resolution";
+
 /// Time at which Stage C begins from a picture. Throws RequestError: a strength or a mask without one.
-double strength_of(const Request& request, const Tensors& given) {
+double strength_of(const Request& request, const Tensors& given, const std::string& kind) {
   if (!given.init_image) {
     for (const auto& [name, there] : {std::pair<const char*, bool>{"strength", request.strength.has_value()},
-                                      {"mask_image", given.mask.has_value()}}) {
+                                      {"mask_image", given.mask.has_value() && kind != kInpainting}}) {
       if (there) throw RequestError(std::string(name) + " is given without init_image, to which it belongs", name);
     }
   }
   return request.strength.value_or(given.mask ? 1.0 : tables::kInitStrength);
 }
 
-std::vector<std::string> engines_of(const Request& request, const Tensors& given, Part part, bool text) {
+std::string as_word(const Json& value) { return value.is_string() ? value.get<std::string>() : repr(value); }
+
+/// Refuse a ControlNet for other blocks of Stage C than those whose residuals the engines take.
+void check_blocks(const std::string& kind, const Manifest& manifest, const Records& records) {
+  const auto model = manifest.models.find("controlnet_" + kind), stage_c = manifest.models.find("stage_c");
+  const bool known = model != manifest.models.end() && stage_c != manifest.models.end();
+  if (!known || record_of(records, "stage_c.step", {tables::kControl}) == nullptr) return;
+  const Json wanted = model->second.config.value("proj_blocks", Json());
+  const Json taken = stage_c->second.config.value("control_blocks", Json());
+  if (wanted == taken && wanted.is_array()) return;
+  std::string blocks = wanted.is_array() ? "" : "...";
+  if (wanted.is_array()) {
+    for (const Json& one : wanted) blocks += (blocks.empty() ? "" : ",") + as_word(one);
+  }
+  throw BundleError("the bundle's ControlNet " + kind + " is for the blocks " + shown(wanted) +
+                    " of Stage C, whose engines take residuals at " + shown(taken) +
+                    "; make them anew with: cascade-export --stage c --control --overwrite --control-blocks " + blocks);
+}
+
+/// Which ControlNet a request is for; empty: none, as for the decoder, which does not run Stage C.
+std::string control_kind(const Request& request, const Manifest& manifest, const Records& records, const Tensors& given,
+                         Part part) {
+  if (part == Part::decoder) return {};
+  if (!given.control) {
+    if (request.control_kind) {
+      throw RequestError("control_kind is given without control_image, to which it belongs", "control_kind");
+    }
+    return {};
+  }
+  std::vector<std::string> there;
+  for (const char* const* kind = tables::kControlKinds; *kind != nullptr; ++kind) {
+    if (record_of(records, std::string("controlnet.") + *kind) != nullptr) there.emplace_back(*kind);
+  }
+  if (!request.control_kind && there.size() > 1) {
+    throw RequestError("the bundle has " + std::to_string(there.size()) + " ControlNets; say which with control_kind: " +
+                           joined(there),
+                       "control_kind", "", joined(there));
+  }
+  const std::string kind = request.control_kind.value_or(there.empty() ? tables::kControlKinds[0] : there[0]);
+  if (kind == kInpainting && !given.mask) {
+    throw RequestError("control_kind inpainting needs mask_image, which says what is filled", "mask_image");
+  }
+  if (given.init_image && strength_of(request, given, kind) == 0) {
+    throw RequestError("control_image has no effect at strength 0, where Stage C does not run", "strength");
+  }
+  check_blocks(kind, manifest, records);
+  return kind;
+}
+
+/// Pixels of a control picture that a latent of Stage C stands for.
+double control_ratio(const std::string& kind, const Manifest& manifest) {
+  const auto model = manifest.models.find("controlnet_" + kind);
+  const Json usual = tables::kEncoderStride;
+  const Json ratio = model == manifest.models.end() ? usual : model->second.config.value("pixels_per_latent", usual);
+  const double made = ratio.is_number() ? ratio.get<double>() : 0;
+  if (!(1 <= made && made <= 1024)) {
+    const std::string where = "models['controlnet_" + kind + "'].config.pixels_per_latent";
+    throw BundleError("the manifest's " + where + " is " + shown(ratio) + "; a number from 1 to 1024 is needed", where);
+  }
+  return made;
+}
+
+/// How the control picture is encoded, for the sizes that are planned.
+ControlPlan plan_control(const std::string& kind, const Manifest& manifest, const Records& running,
+                         const Planned& planned) {
+  ControlPlan made;
+  made.kind = kind;
+  made.engine = "controlnet." + kind;
+  const EngineRecord* record = named(running, made.engine);
+  const AxisSize& channels = record->tensor("control").axes.at(1);
+  if (channels.number == 0) {
+    throw BundleError("the manifest leaves the channels of " + record->name + " open: " + channels.formula);
+  }
+  made.channels = channels.number;
+  if (kind == kSuperResolution) {  // the encoder sees half of the picture's size
+    record = named(running, "effnet_encoder");
+    for (std::size_t i = 0; i < 2; ++i) made.pixels[i] = (planned.prior_size[i] + 1) / 2 * tables::kEncoderStride;
+  } else {
+    const std::int64_t multiple = range_of(*record, "height").multiple;
+    const double ratio = control_ratio(kind, manifest);
+    for (std::size_t i = 0; i < 2; ++i) {
+      const double side = static_cast<double>(planned.prior_size[i]) * ratio;
+      made.pixels[i] = round_up(static_cast<std::int64_t>(side), multiple);
+    }
+  }
+  for (std::size_t i = 0; i < 2; ++i) {
+    const std::string name = i == 0 ? "height" : "width";
+    const AxisRange& range = range_of(*record, name);
+    if (range.accepts(made.pixels[i])) continue;
+    throw RequestError("control_image would be encoded at " + name + " " + std::to_string(made.pixels[i]) + "; " +
+                           record->name + " takes " + range.text() + "; give another height and width",
+                       "control_image");
+  }
+  return made;
+}
+
+std::vector<std::string> engines_of(const Request& request, const Tensors& given, Part part, const std::string& kind,
+                                    bool text) {
   std::vector<std::string> made;
   if (text) made.emplace_back("text_encoder");
   if (part != Part::decoder) {
     if (!given.images.empty()) made.emplace_back("image_encoder");
-    if (given.init_image) made.emplace_back("effnet_encoder");
-    if (!given.init_image || strength_of(request, given) > 0) {
+    if (given.init_image || kind == kSuperResolution) made.emplace_back("effnet_encoder");
+    if (!kind.empty()) made.push_back("controlnet." + kind);
+    if (!given.init_image || strength_of(request, given, kind) > 0) {
       made.insert(made.end(), {"stage_c.context", "stage_c.step"});
     }
   }
   if (part != Part::prior) {
-    if (given.mask) made.emplace_back("stage_a.encode");
+    if (given.mask && given.init_image) made.emplace_back("stage_a.encode");
     made.insert(made.end(), {"stage_b.context", "stage_b.step"});
     if (request.output_type != "latent") made.emplace_back("stage_a.decode");
   }
@@ -283,7 +396,9 @@ std::vector<std::string> engines_of(const Request& request, const Tensors& given
 std::int64_t prompt_count(const Request& request, const Tensors& given, Part part) {
   const auto prompts = texts_of(request.prompt);
   const bool embedded = given.prompt_embeds || given.prompt_embeds_pooled;
-  if (prompts.empty() && !embedded && (!given.images.empty() || given.init_image)) return 1;  // the empty prompt
+  if (prompts.empty() && !embedded && (!given.images.empty() || given.init_image || given.control)) {
+    return 1;  // the empty prompt
+  }
   if (prompts.empty() != embedded) {
     throw RequestError(std::string("give either prompt or prompt_embeds with prompt_embeds_pooled, ") +
                            (embedded ? "and not both" : "to say what to draw"),
@@ -381,7 +496,8 @@ void plan_sizes(const Request& request, const Tensors& given, const Manifest& ma
     return;
   }
   std::array<std::int64_t, 2> size{request.height.value_or(facts.height), request.width.value_or(facts.width)};
-  if (given.init_image && open) size = size_like(*given.init_image, std::min(facts.height, facts.width), 1);
+  const auto& picture = given.init_image ? given.init_image : given.control;
+  if (picture && open) size = size_like(*picture, std::min(facts.height, facts.width), 1);
   check_size("height", size[0]);
   check_size("width", size[1]);
   const AxisPlan down = plan_axis(facts, grid_c, grid_b, sampler, size[0]);
@@ -400,7 +516,7 @@ void plan_sizes(const Request& request, const Tensors& given, const Manifest& ma
 void check_images(const Tensors& given, const Records& running) {
   if (given.images.empty()) return;
   if (given.image_embeds) throw RequestError("give either images or image_embeds, and not both", "images");
-  const EngineRecord* context = record_of(running, "stage_c.context");
+  const EngineRecord* context = named(running, "stage_c.context");
   if (context == nullptr) return;
   const AxisRange& range = range_of(*context, "images");
   if (!range.accepts(static_cast<std::int64_t>(given.images.size()))) {
@@ -460,16 +576,35 @@ bool Planned::needs_negative() const {
   return (prior && !prior->ever_guided().empty()) || (decoder && !decoder->ever_guided().empty());
 }
 
-const EngineRecord* record_of(const Records& records, const std::string& name) {
+std::vector<EngineKey> Planned::engine_keys() const {
+  std::vector<EngineKey> made;
+  for (const auto& name : engines) {
+    Features features;
+    for (const auto* loop : {&prior, &decoder}) {
+      if (*loop && name.rfind((*loop)->stage + ".", 0) == 0) features = (*loop)->features;
+    }
+    made.emplace_back(name, features);
+  }
+  return made;
+}
+
+const EngineRecord* record_of(const Records& records, const std::string& name, const Features& features) {
   for (const auto* record : records) {
-    if (record->name == name && record->features.empty()) return record;
+    if (record->name == name && record->features == features) return record;
   }
   return nullptr;
 }
 
 Planned plan(const Request& asked, const Manifest& manifest, const Records& records, const Tensors& given, Part part) {
   check(asked);
-  const Request request = with_preset(asked, manifest);
+  const std::string kind = control_kind(asked, manifest, records, given, part);
+  Request wanted = asked;
+  if (kind == kSuperResolution) {  // without guidance, as the authors do
+    LoopOverrides none;
+    none.guidance_scale = 1.0;
+    wanted.prior = overridden(asked.prior, none);
+  }
+  const Request request = with_preset(wanted, manifest);
   Planned made;
   made.part = part;
   const std::string sampler = request.sampler.value_or(manifest.model.default_sampler);
@@ -495,9 +630,12 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
     }
     text = guided && !given.negative_prompt_embeds_pooled;
   }
-  made.engines = engines_of(request, given, part, text);
+  made.engines = engines_of(request, given, part, kind, text);
+  const Features features = kind.empty() ? Features{} : Features{tables::kControl};
   Records running;
-  for (const auto& name : made.engines) running.push_back(&need(records, name));
+  for (const auto& name : made.engines) {
+    running.push_back(&need(records, name, stage_of(name) == std::string("c") ? features : Features{}));
+  }
   need_defaults();
 
   made.prompts = prompt_count(request, given, part);
@@ -509,12 +647,12 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
     for (std::int64_t i = 0; i < made.pictures; ++i) made.seeds.push_back(device());
   }
 
-  const double strength = strength_of(request, given);
+  const double strength = strength_of(request, given, kind);
   plan_sizes(request, given, manifest, records, sampler, strength, made);
 
   for (const bool prior : {true, false}) {
     const std::string stage = prior ? "stage_c" : "stage_b";
-    const EngineRecord* spec = record_of(running, stage + ".step");
+    const EngineRecord* spec = named(running, stage + ".step");
     if (spec == nullptr) continue;
     const LoopSettings& own = prior ? request.prior : request.decoder;
     const LoopDefaults& usual = prior ? defaults->prior : defaults->decoder;
@@ -525,6 +663,7 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
     }
     LoopPlan loop;
     loop.stage = stage;
+    if (prior) loop.features = features;
     const double start = prior && made.init ? made.init->strength : 1.0;
     const std::int64_t all = own.num_inference_steps.value_or(usual.num_inference_steps);
     const std::int64_t steps =
@@ -574,17 +713,20 @@ Planned plan(const Request& asked, const Manifest& manifest, const Records& reco
 
   made.request = request;
   // a size that follows from a picture or from latents is left open: filled in, it would be another one
-  if (part != Part::decoder && (!made.init || request.height || request.width)) {
+  const bool of_a_picture = given.init_image || given.control;
+  if (part != Part::decoder && (!of_a_picture || request.height || request.width)) {
     made.request.height = request.height.value_or(manifest.model.height);
     made.request.width = request.width.value_or(manifest.model.width);
   }
   made.request.strength = made.init ? std::optional<double>(strength) : std::nullopt;
   made.request.num_images_per_prompt = made.pictures / n;
+  made.request.control_kind = kind.empty() ? std::nullopt : std::optional<std::string>(kind);
   made.request.seeds = made.seeds;
   made.request.sampler = sampler;
   made.request.prior = full(request.prior, defaults->prior);
   made.request.decoder = full(request.decoder, defaults->decoder);
   made.latent_scale = defaults->latent_scale;
+  if (!kind.empty()) made.control = plan_control(kind, manifest, running, made);
   made.memory = memory_of(manifest, running, made);
   return made;
 }

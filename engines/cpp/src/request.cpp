@@ -165,6 +165,11 @@ LoopSettings loop_from(const std::string& name, const Json& value) {
   return made;
 }
 
+bool check_bool(const std::string& name, const Json& value) {
+  if (!value.is_boolean()) throw refused(name, value, "True or False");
+  return value.get<bool>();
+}
+
 std::string place_from(const std::string& name, const Json& value) {
   if (!value.is_string() || value.get_ref<const std::string&>().empty() ||
       value.get_ref<const std::string&>().find('\0') != std::string::npos) {
@@ -221,6 +226,7 @@ std::vector<LoraFile> loras_from(const Json& value) {
 constexpr const char* kOwnFields[] = {"prompt", "negative_prompt", "height",  "width",  "num_images_per_prompt",
                                       "seeds",  "noise",           "sampler", "preset", "prior",
                                       "decoder", "images",         "init_image", "strength", "mask_image",
+                                      "control_image", "control_scale", "control_kind", "control_filtered",
                                       "loras",   "output_type"};
 
 Json texts_json(const Texts& texts) {
@@ -286,6 +292,10 @@ Json to_json(const Request& request) {
   made["init_image"] = optional_json(request.init_image);
   made["strength"] = optional_json(request.strength);
   made["mask_image"] = optional_json(request.mask_image);
+  made["control_image"] = optional_json(request.control_image);
+  made["control_scale"] = request.control_scale;
+  made["control_kind"] = optional_json(request.control_kind);
+  made["control_filtered"] = request.control_filtered;
   made["loras"] = Json::array();
   for (const auto& one : request.loras) {
     Json lora = Json::object();
@@ -346,6 +356,19 @@ Request request_from(const Json& values) {
   if (const Json& value = at(values, "init_image"); !value.is_null()) made.init_image = place_from("init_image", value);
   if (const Json& value = at(values, "strength"); !value.is_null()) made.strength = check_share("strength", value);
   if (const Json& value = at(values, "mask_image"); !value.is_null()) made.mask_image = place_from("mask_image", value);
+  if (const Json& value = at(values, "control_image"); !value.is_null()) {
+    made.control_image = place_from("control_image", value);
+  }
+  if (values.contains("control_scale")) {
+    made.control_scale =
+        check_number("control_scale", values.at("control_scale"), static_cast<double>(tables::kMaxControlScale));
+  }
+  if (const Json& value = at(values, "control_kind"); !value.is_null()) {
+    made.control_kind = check_choice("control_kind", value, tables::kControlKinds);
+  }
+  if (values.contains("control_filtered")) {
+    made.control_filtered = check_bool("control_filtered", values.at("control_filtered"));
+  }
   if (values.contains("loras")) made.loras = loras_from(values.at("loras"));
   if (values.contains("output_type")) {
     made.output_type = check_choice("output_type", values.at("output_type"), tables::kOutputTypes);

@@ -262,16 +262,22 @@ double spread(const float* values, std::size_t count) {
   return std::sqrt(squares / static_cast<double>(count));
 }
 
-struct Corners {
+/// For every position of a result: the index below, the index above, the share of the latter.
+struct Neighbours {
   std::vector<std::size_t> low, high;
   std::vector<float> share;
 };
 
-Corners corners(std::int64_t source, std::int64_t target) {
-  Corners made;
+Neighbours neighbours(std::int64_t source, std::int64_t target, bool corners) {
+  Neighbours made;
+  const double scale = static_cast<double>(source) / static_cast<double>(target);
   const double step = static_cast<double>(source - 1) / static_cast<double>(std::max<std::int64_t>(target - 1, 1));
   for (std::int64_t i = 0; i < target; ++i) {
-    const double position = static_cast<double>(i) * step;
+    double position = static_cast<double>(i) * step;
+    if (!corners) {
+      position = (static_cast<double>(i) + 0.5) * scale - 0.5;
+      position = std::min(std::max(position, 0.0), static_cast<double>(source - 1));
+    }
     const auto low = std::min(static_cast<std::int64_t>(position), std::max<std::int64_t>(source - 2, 0));
     made.low.push_back(static_cast<std::size_t>(low));
     made.high.push_back(static_cast<std::size_t>(std::min(low + 1, source - 1)));
@@ -329,11 +335,11 @@ void guide(const float* conditional, const float* unconditional, float scale, do
   for (std::size_t i = 0; i < count; ++i) out[i] *= factor;
 }
 
-Tensor resize_bilinear(const Tensor& x, std::int64_t height, std::int64_t width) {
+Tensor resize_bilinear(const Tensor& x, std::int64_t height, std::int64_t width, bool corners) {
   const auto rows = static_cast<std::size_t>(x.shape[0] * x.shape[1]);
   const auto h = static_cast<std::size_t>(x.shape[2]), w = static_cast<std::size_t>(x.shape[3]);
   const auto out_h = static_cast<std::size_t>(height), out_w = static_cast<std::size_t>(width);
-  const Corners across = corners(x.shape[3], width), down = corners(x.shape[2], height);
+  const Neighbours across = neighbours(x.shape[3], width, corners), down = neighbours(x.shape[2], height, corners);
   std::vector<float> wide(rows * h * out_w);
   for (std::size_t row = 0; row < rows * h; ++row) {
     const float* in = x.data.data() + row * w;

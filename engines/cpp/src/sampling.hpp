@@ -33,8 +33,8 @@ Tensor timestep_embedding(const std::vector<float>& ratios, std::int64_t dim);
 void guide(const float* conditional, const float* unconditional, float scale, double rescale, std::size_t count,
            float* out);
 
-/// Bilinear resize with aligned corners of [B, C, h, w].
-Tensor resize_bilinear(const Tensor& x, std::int64_t height, std::int64_t width);
+/// Bilinear resize of [B, C, h, w]: the middles of the corners stay where they are, or (`corners` false) the edges do.
+Tensor resize_bilinear(const Tensor& x, std::int64_t height, std::int64_t width, bool corners = true);
 
 /// Latents [B, C, h, w] as colours [B, h, w, 3], not clipped: one matrix, no network.
 Tensor colours_of(const Tensor& latents, const PreviewFactors& preview);

@@ -21,6 +21,8 @@ inline constexpr std::int64_t kMaxGuidance = 1000;
 inline constexpr std::int64_t kMaxPictures = 1024;
 inline constexpr std::int64_t kMaxImages = 8;
 inline constexpr std::int64_t kMaxWeight = 10;
+inline constexpr std::int64_t kMaxControlScale = 10;
+inline constexpr std::int64_t kCannySide = 224;
 inline constexpr std::int64_t kMaxLoras = 16;
 inline constexpr std::int64_t kMaxLoraScale = 1000;
 inline constexpr std::int64_t kMostRank = 8192;
@@ -32,6 +34,8 @@ inline constexpr std::int64_t kEncoderStride = 32;
 inline constexpr char kOpenVinoInt8Group[] = "128";
 inline constexpr double kMaxTensorValue = 1000000.0;
 inline constexpr double kInitStrength = 0.8;
+inline constexpr double kCannyThresholds[] = {100, 200};
+inline constexpr char kControl[] = "control";
 inline constexpr double kAlphaRange[] = {0.0001, 0.9999};
 inline constexpr float kClipMean[] = {0.48145466F, 0.4578275F, 0.40821073F};
 inline constexpr float kClipStd[] = {0.26862954F, 0.26130258F, 0.27577711F};
@@ -39,6 +43,7 @@ inline constexpr const char* kSamplers[] = {"original", "diffusers", "lcm", null
 inline constexpr const char* kPresets[] = {"quality", "balanced", "fast", nullptr};
 inline constexpr const char* kPredictionTypes[] = {"epsilon", "v_prediction", "sample", nullptr};
 inline constexpr const char* kNoiseKinds[] = {"torch-cpu", "torch-cuda", "notebook", nullptr};
+inline constexpr const char* kControlKinds[] = {"canny", "inpainting", "super_resolution", "picture", nullptr};
 inline constexpr const char* kOutputTypes[] = {"pil", "np", "latent", nullptr};
 // Every field of a request in its order, with its default as JSON
 inline constexpr Pair kRequestFields[] = {
@@ -94,6 +99,10 @@ inline constexpr Pair kFlags[] = {
     {"init_image", "--init"},
     {"strength", "--strength"},
     {"mask_image", "--mask"},
+    {"control_image", "--control"},
+    {"control_scale", "--control: scale"},
+    {"control_kind", "--control-kind"},
+    {"control_filtered", "--control-filtered"},
     {nullptr, nullptr}};
 
 /// An engine of the tensor table; coupled: it hands tensors to another engine of its stage on the device.

@@ -156,7 +156,14 @@ struct Request {
   std::vector<ImagePrompt> images;                      ///< pictures to vary, up to 8
   std::optional<std::string> init_image;                ///< picture to begin from, a path or a data: URI
   std::optional<double> strength;                       ///< how much of init_image is drawn anew, 0..1; 0 only decodes it
-  std::optional<std::string> mask_image;                ///< white where init_image is drawn anew, black is kept
+  /// White where init_image is drawn anew, or what the inpainting ControlNet fills; black is kept.
+  std::optional<std::string> mask_image;
+  std::optional<std::string> control_image;             ///< picture that a ControlNet follows, a path or a data: URI
+  double control_scale = 1.0;                           ///< factor of what the ControlNet adds to Stage C, -10..10
+  /// "canny", "inpainting", "super_resolution" or "picture"; empty: the bundle's only one.
+  std::optional<std::string> control_kind;
+  /// control_image shows already what the kind's filter would find in it, white on black.
+  bool control_filtered = false;
   std::vector<LoraFile> loras;                          ///< applied to this request, up to 16
   std::string output_type = "pil";                      ///< "pil" (RGB8), "np" (float) or "latent"
 
@@ -203,6 +210,7 @@ struct Tensors {
   std::vector<WeightedImage> images;                    ///< instead of `Request::images`
   std::optional<Image> init_image;                      ///< instead of `Request::init_image`
   std::optional<Mask> mask;                             ///< instead of `Request::mask_image`
+  std::optional<Image> control;                         ///< instead of `Request::control_image`
   std::optional<Tensor> latents;                        ///< [B, 16, h, w], initial noise of Stage C
   std::optional<Tensor> image_embeddings;               ///< [N, 16, h, w], result of Stage C, for `Pipeline::decode`
   std::optional<Tensor> decoder_latents;                ///< [B, 4, H/4, W/4], initial noise of Stage B
