@@ -103,6 +103,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(result: Mapping[str, Any]) -> str:
+    """A result: where it was measured, its table, and the sizes of what was built."""
+    machine = result["machine"]
+    sizes = ", ".join(f"`{name}` {kib:.0f} KiB" for name, kib in result["stripped_kib"].items())
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores, "
+        f"{result['rows'][0]['repeats']} starts of each; load average before: {machine['load_before']}. "
+        f"Stripped: {sizes}.\n\n{table(result['rows'])}\n"
+    )
+
+
 def main() -> int:
     """Measure, print the table, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,10 +129,10 @@ def main() -> int:
     sizes = {"cascade-run-cpp": stripped_kib(program)}
     if args.shared is not None:
         sizes["libcascade_rt.so"] = stripped_kib(args.shared)
-    print(table(rows))
-    print(", ".join(f"{name} {kib:.0f} KiB stripped" for name, kib in sizes.items()))
+    result = {**facts, "rows": rows, "stripped_kib": sizes}
+    print(page(result), end="")
     if args.json is not None:
-        report.write_json({**facts, "rows": rows, "stripped_kib": sizes}, args.json)
+        report.write_json(result, args.json)
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from cascade_bench.jobs import OURS
 from cascade_bench.report import seconds_text, table
+from cpp_start import page as start_page
 
 HERE = Path(__file__).parent
 BEGIN = "<!-- table: python benchmarks/tables.py --write -->\n"
@@ -23,6 +24,9 @@ END = "<!-- end of table -->"
 FEATURES_BEGIN = "<!-- features: python benchmarks/tables.py --write -->\n"
 FEATURES = "features_tiny_cpu"
 """The result of ``features.py`` that is shown."""
+CPP_BEGIN = "<!-- cpp: python benchmarks/tables.py --write -->\n"
+CPP = "cpp_start"
+"""The result of ``cpp_start.py`` that is shown."""
 NAMES = {
     "stage_c.step": "Stage C, a step",
     "stage_b.step": "Stage B, a step",
@@ -186,6 +190,9 @@ def tables() -> Iterator[tuple[Path, str]]:
         if FEATURES_BEGIN in page:
             costs = json.loads((HERE / "results" / f"{FEATURES}.json").read_text())
             page = _with_table(page, FEATURES_BEGIN, feature_table(costs))
+        if CPP_BEGIN in page:
+            starts = json.loads((HERE / "results" / f"{CPP}.json").read_text())
+            page = _with_table(page, CPP_BEGIN, start_page(starts))
         yield readme, page
 
 
