@@ -436,12 +436,12 @@ def show(args: argparse.Namespace) -> None:
                 f"way up; largest values seen {list(scan.largest_down)} and {list(scan.largest_up)} "
                 "(fp16 ends at 65504)"
             )
-        if (int8 := model.int8) is not None:
+        for precision, found in model.quantised.items():
             print(
-                f"{name}: {int8.layers} linear layers in 8 bits, their products up to {int8.largest_error:.1e} from "
-                f"exact; {len(int8.wide)} kept in fp32"
+                f"{name} in {precision}: {found.layers} linear layers in 8 bits, their products up to "
+                f"{found.largest_error:.1e} from exact; {len(found.wide)} kept wide"
             )
-            for layer, reason in int8.wide.items():
+            for layer, reason in found.wide.items():
                 print(plain(f"  {layer}: {reason}"))
 
 

@@ -142,10 +142,12 @@ class EngineLoader:
             others = [
                 other
                 for other, row in PROVIDERS.items()
-                if row.runtime == "onnx" and any(row.takes(record.precision) for record in fitting)
+                if other != self.provider
+                and row.runtime == "onnx"
+                and any(row.takes(record.precision) for record in fitting)
             ]
             computed = ", ".join(row.name for row in PRECISIONS.values() if runs(self.provider, row))
-            instead = f"Use --provider {' or '.join(n for n in others if n != self.provider)}, or export"
+            instead = f"Use --provider {' or '.join(others)}, or export" if others else "Export"
             return EngineError(
                 f"the bundle {where} has {name} in {precisions}, which provider {self.provider} does not compute here; "
                 f"it computes {computed}. {instead} with --precision fp32: {command} --precision fp32"

@@ -187,8 +187,8 @@ class StreamScalesRecord(Record, frozen=True, kw_only=True):
     largest_inner: Figure
 
 
-class Int8Record(Record, frozen=True, kw_only=True):
-    """Linear layers of an int8 component.
+class QuantisedRecord(Record, frozen=True, kw_only=True):
+    """Linear layers of a component in a precision of 8 bits.
 
     Attributes:
         layers: how many are computed in 8 bits.
@@ -209,7 +209,7 @@ class ModelRecord(Record, frozen=True, kw_only=True):
         weights: its file; None where the bundle holds only TensorRT engine files of it, which contain the weights.
         prediction_type: of a denoiser.
         stream_scales: of an fp16 denoiser.
-        int8: of a component with int8 engines.
+        quantised: of a component with engines in 8 bits, by the name of the precision.
         source: checkpoint that this component came from: several calls may build one bundle from several.
         licence: of its weights.
         revision: of its checkpoint.
@@ -220,7 +220,7 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     weights: FileName | None
     prediction_type: PredictionType | None = None
     stream_scales: StreamScalesRecord | None = None
-    int8: Int8Record | None = None
+    quantised: dict[Text, QuantisedRecord] = {}
     source: Text = ""
     licence: Text = ""
     revision: Text | None = None

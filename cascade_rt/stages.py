@@ -27,9 +27,10 @@ ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 StageName = str
 """The word for a stage on the command line: `stage_names`."""
 
-Linear = Literal["plain", "int8"]
+Linear = Literal["plain", "int8", "int8-static", "fp8"]
 """How products of linear layers are computed. ``plain``: in the compute dtype. ``int8``: weights are int8, symmetric,
-with a scale for each output channel; inputs are quantised to 8 bits by their range in each call."""
+with a scale for each output channel; inputs are quantised to 8 bits by their range in each call. ``int8-static``: the
+same weights; inputs are int8, symmetric, with one scale that the export found. ``fp8``: likewise in E4M3."""
 
 Size = Literal["tiny", "small", "big"]
 """The official sizes."""
@@ -52,7 +53,7 @@ class Precision(Struct, frozen=True, kw_only=True):
         linear: how products of linear layers are computed.
     """
 
-    name: Annotated[str, Meta(pattern="^[a-z0-9]{1,20}$")]
+    name: Annotated[str, Meta(pattern="^[a-z0-9-]{1,20}$")]
     compute: DType
     weights: DType
     opset: Annotated[int, Meta(ge=1, le=99)]
@@ -69,6 +70,8 @@ PRECISIONS: dict[str, Precision] = {
         # half the file; widened when it is loaded, so that memory and time are those of fp32
         Precision(name="w16", compute="float32", weights="float16", opset=20),
         Precision(name="int8", compute="float32", weights="float32", opset=20, linear="int8"),
+        Precision(name="int8-static", compute="float32", weights="float32", opset=20, linear="int8-static"),
+        Precision(name="fp8", compute="bfloat16", weights="bfloat16", opset=22, linear="fp8"),
     )
 }
 

@@ -30,6 +30,7 @@ _ITEM_SIZE = {
 }
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
+_EIGHT_BITS = {"I8": np.int8, "F8_E4M3": np.uint8}
 _Size = Annotated[int, Meta(ge=0, le=1 << 46)]
 
 
@@ -136,16 +137,19 @@ class TensorFile:
         self.check_dtype(name)
         return self._values(name, _FLOATS)
 
-    def read_int8(self, name: str) -> NDArray[np.int8]:
-        """A tensor of 8-bit integers, of the shape in which it lies there.
+    def read_8_bits(self, name: str) -> NDArray[Any]:
+        """A tensor of 8-bit integers, or the bits of one in E4M3 as uint8, of the shape in which it lies there.
 
         Raises:
             CheckpointError: it holds others, or cannot be read.
         """
         place = self.places[name]
-        if place.dtype != "I8":
-            raise CheckpointError(f"{name_of(self.path)} has {shown(name)} in {place.dtype}; it is said to be I8")
-        return np.frombuffer(self._bytes(place), dtype=np.int8).reshape(place.shape)
+        if (kind := _EIGHT_BITS.get(place.dtype)) is None:
+            accepted = " or ".join(_EIGHT_BITS)
+            raise CheckpointError(
+                f"{name_of(self.path)} has {shown(name)} in {place.dtype}; it is said to be {accepted}"
+            )
+        return np.frombuffer(self._bytes(place), dtype=kind).reshape(place.shape)
 
     def read_number(self, name: str) -> float:
         """A tensor of one number, which may be an integer.

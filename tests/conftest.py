@@ -30,6 +30,7 @@ SLOW_FILES = (
     "export/test_optimum.py",
     "export/test_precision.py",
     "export/test_staging.py",
+    "export/test_static.py",
     "export/test_tensorrt.py",
     "export/test_trace.py",
     "export/test_verify.py",

@@ -183,13 +183,15 @@ class OpenVinoBound:
 def _arithmetic(precision: Precision, computed: Sequence[DType]) -> dict[str, str]:
     """What OpenVINO is told of the arithmetic of a precision.
 
-    Int8 weights are multiplied as int8 only where inputs are quantised by groups: with its own group size of 32 half
-    of the gain is lost, and without groups the weights are widened first, which is slower than bf16.
+    Where a graph does not quantise inputs itself, int8 weights are multiplied as int8 only where inputs are quantised
+    by groups: with its own group size of 32 half of the gain is lost, and without groups the weights are widened first,
+    which is slower than bf16.
     """
     if precision.linear == "plain":
         return {"INFERENCE_PRECISION_HINT": _PRECISION_HINT[precision.compute]}
     rest: DType = "bfloat16" if "bfloat16" in computed else precision.compute
-    return {"INFERENCE_PRECISION_HINT": _PRECISION_HINT[rest], "DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_INT8_GROUP}
+    groups = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_INT8_GROUP} if precision.linear == "int8" else {}
+    return {"INFERENCE_PRECISION_HINT": _PRECISION_HINT[rest], **groups}
 
 
 def _bits(tensor: Any) -> Host:

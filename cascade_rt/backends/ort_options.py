@@ -36,7 +36,7 @@ CONFIGURATION = (
     *("session.intra_op.allow_spinning", "session.intra_op.spin_duration_us", "session.force_spinning_stop"),
     *("session.intra_op_thread_affinities", "session.dynamic_block_base", "session.set_denormal_as_zero"),
     *("session.disable_prepacking", "session.use_device_allocator_for_initializers", "session.disable_cpu_ep_fallback"),
-    "session.record_ep_graph_assignment_info",
+    *("session.record_ep_graph_assignment_info", "session.disable_quant_qdq"),
 )
 """Settings of a session that ``provider_options`` may hold beside the provider's. ONNX Runtime refuses none of another
 name, so that a mistyped one would change nothing, silently."""
@@ -160,7 +160,7 @@ def session_options(
     if row.device == "cpu" and own:
         raise _unknown(provider, next(iter(own)))
     configuration = {key: value for key, value in options.provider_options.items() if "." in key}
-    exact = EXACT_INT8 if record.precision.linear == "int8" and _lacks_vnni() else {}
+    exact = EXACT_INT8 if record.precision.linear != "plain" and _lacks_vnni() else {}
     for key, value in {**row.session, **exact, **configuration}.items():
         if key in configuration and key not in CONFIGURATION:
             raise _unknown(provider, key)

@@ -32,13 +32,15 @@ class Provider:
         return precision.compute in self.computes and precision.linear in self.linear
 
 
+_ON_CPUS: tuple[Linear, ...] = ("plain", "int8", "int8-static")
+_IN_TENSORRT: tuple[Linear, ...] = ("plain", "int8-static", "fp8")
 PROVIDERS: dict[str, Provider] = {
-    "cpu": Provider(extra="onnxruntime", device="cpu", computes=("float32", "float16"), linear=("plain", "int8")),
-    "openvino": Provider(extra="openvino", device="cpu", linear=("plain", "int8")),
+    "cpu": Provider(extra="onnxruntime", device="cpu", computes=("float32", "float16"), linear=_ON_CPUS),
+    "openvino": Provider(extra="openvino", device="cpu", linear=_ON_CPUS),
     "cuda": Provider(extra="onnxruntime-gpu"),
     "ort-tensorrt": Provider(extra="ort-tensorrt"),
-    "tensorrt": Provider(extra="tensorrt", runtime="tensorrt"),
-    "tensorrt-rtx": Provider(extra="tensorrt-rtx", runtime="tensorrt-rtx"),
+    "tensorrt": Provider(extra="tensorrt", runtime="tensorrt", linear=_IN_TENSORRT),
+    "tensorrt-rtx": Provider(extra="tensorrt-rtx", runtime="tensorrt-rtx", linear=_IN_TENSORRT),
 }
 """Everything that ``--provider`` takes, beside ``auto``."""
 

@@ -180,7 +180,7 @@ def header() -> str:
         "};",
         "",
         "struct ProviderRow { const char* name; const char* extra; const char* runtime; const char* device;",
-        "                     const char* computes[4]; const char* linear[4]; };",
+        "                     const char* computes[4]; const char* linear[6]; };",
         "inline constexpr ProviderRow kProviders[] = {",
     ]
     for name, row in PROVIDERS.items():

@@ -92,7 +92,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=tuple(PRECISIONS),
-        help="of weights and wide activations (default: bf16 for small and big, else fp32)",
+        help="of weights and wide activations (default: bf16 for small and big, else fp32); int8: linear layers in 8 "
+        "bits for ONNX Runtime and OpenVINO; int8-static and fp8: with scales found at export, for TensorRT",
     )
     parser.add_argument(
         "--target",

@@ -103,14 +103,14 @@ def _model(part: Made, before: ModelRecord | None, kept: Iterable[EngineRecord],
     graphs = [r for r in kept if ENGINES[r.name].model == part.job.model and r.runtime == "onnx"]
     stays = before is not None and before.weights is not None and any(before.weights in r.weights for r in graphs)
     halves = any(record.precision.compute == "float16" for record in graphs)
-    narrow = any(record.precision.linear == "int8" for record in graphs)
+    names = {record.precision.name for record in kept if ENGINES[record.name].model == part.job.model}
     weights = part.model.weights if keeps_graphs else None
-    scales, int8 = part.model.stream_scales, part.model.int8
+    scales, narrow = part.model.stream_scales, part.model.quantised
     if before is not None:  # of graphs that stay in another precision
         scales = before.stream_scales if halves and scales is None else scales
-        int8 = before.int8 if narrow and int8 is None else int8
+        narrow = {name: found for name, found in before.quantised.items() if name in names} | narrow
     file = before.weights if before is not None and stays else weights
-    return replace(part.model, weights=file, stream_scales=scales, int8=int8)
+    return replace(part.model, weights=file, stream_scales=scales, quantised=narrow)
 
 
 def chosen(own: Mapping[K, V] | None, old: Mapping[K, V] | None, default: Mapping[K, V]) -> Mapping[K, V]:

@@ -152,7 +152,7 @@ def build_engine_file(
         "engine_file": str(beside),
         "profile": shapes,
         "sm": list(target.sm) if target.runtime == "tensorrt-rtx" else [],
-        "exact": graph.record.precision.compute == "float32",
+        "exact": graph.record.precision.compute == "float32" and graph.record.precision.linear == "plain",
         "timing_cache": cache,
     }
     try:

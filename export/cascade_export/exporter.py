@@ -26,28 +26,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cascade_rt
-from cascade_rt.backends import Engine, EngineOptions, Value, computes, open_engine, resolve_provider
+from cascade_rt.backends import Engine, EngineOptions, Value, open_engine, resolve_provider, runs
 from cascade_rt.bundle import Bundle, file_record
 from cascade_rt.commands import check_interrupt
 from cascade_rt.errors import EngineError
-from cascade_rt.manifest import EngineRecord, FileRecord, Manifest, TokenizerRecord, Verification
+from cascade_rt.manifest import EngineRecord, FileRecord, Manifest, QuantisedRecord, TokenizerRecord, Verification
 from cascade_rt.profiles import check_shapes
 from cascade_rt.sampling import make_schedule
 from cascade_rt.sizes import grids_of
-from cascade_rt.stages import PRECISIONS
+from cascade_rt.stages import PRECISIONS, Precision
+from cascade_rt.stored import Kind
 
 from .catalog import COMPONENTS
 from .describe import Made, cascade_facts, describe, with_engine_files, without_stale_engine_files
 from .engine_files import Built, Graph, build_engine_files, fitted
-from .int8 import Scan, products_of, scan_products, to_int8
 from .interrupts import uninterrupted
 from .job import ExportRequest, Report
 from .loading import load_fp32
-from .models import Denoiser
+from .models import Denoiser, encode_text
 from .names import engine_file_name
 from .networks import Checkpoint, TokenizerSource
 from .plan_export import ExportPlan, Job, model_record, plan_export
-from .precision import Fit, Prompts, conditions_of, encode_prompts, fit, run_loop
+from .precision import Fit, Prompts, conditions_of, encode_prompts, fit, prompt_ids, run_loop
+from .quantise import FORMS, Scan, products_of, scan_products, to_8_bits
 from .staging import Staging, link, locked, place_of, read_existing, say_on_stderr
 from .targets import BuildTarget, check_precision
 from .trace import TORCH_DTYPE, save, trace
@@ -57,7 +58,9 @@ from .weights import StoredSource
 from .weights_file import write_weights
 
 TOKENIZER_FILE = "tokenizer.json"
-FP32_ARITHMETIC = "cpu, in fp32 arithmetic over the bf16 weights"
+_AS_WRITTEN = EngineOptions(provider_options={"session.disable_quant_qdq": "1"})
+"""ONNX Runtime fuses products whose operands come from 8 bits: those of E4M3 into an operator for integers."""
+FP32_ARITHMETIC = "cpu, in fp32 arithmetic over the {} weights"
 
 
 def export(
@@ -129,7 +132,7 @@ def _needs_module(job: Job, request: ExportRequest) -> bool:
 
 def _is_fitted(job: Job) -> bool:
     """Whether a scan decides how the component fits its precision."""
-    return (job.is_denoiser and job.precision.compute == "float16") or job.precision.linear == "int8"
+    return (job.is_denoiser and job.precision.compute == "float16") or job.precision.linear in FORMS
 
 
 def _made(
@@ -161,9 +164,9 @@ def _made(
     if fit16 is not None:
         line += f", stream divided by {list(fit16.scales.down)} down and {list(fit16.scales.up)} up"
         line += f", {len(fit16.divided)} weights stored divided" if fit16.divided else ""
-    if (int8 := made.model.int8) is not None:
-        line += f", {int8.layers} layers in 8 bits (up to {int8.largest_error:.1e} from exact)"
-        line += f", {len(int8.wide)} kept in fp32" if int8.wide else ""
+    if (narrow := made.model.quantised.get(job.precision.name)) is not None:
+        line += f", {narrow.layers} layers in 8 bits (up to {narrow.largest_error:.1e} from exact)"
+        line += f", {len(narrow.wide)} kept wide" if narrow.wide else ""
     if request.verify:
         assert reference is not None
         checked = time.perf_counter()
@@ -189,20 +192,25 @@ def _fit16(job: Job, reference: Reference | None) -> Fit | None:
 
 def _scanned(job: Job, reference: Reference | None) -> Scan | None:
     """What 8 bits would make of a component's linear layers; None where it is exported in another precision."""
-    if reference is None or job.precision.linear != "int8":
+    if reference is None or (form := FORMS.get(job.precision.linear)) is None:
         return None
     module = reference.module
 
     def run() -> None:
         if isinstance(module, Denoiser):
-            run_loop(module, reference.conditions, job.network.prediction_type)
+            conditions = dict(reference.conditions)
+            if "effnet" in conditions:  # the second row is what guidance steers away from
+                conditions["effnet"] = torch.cat([conditions["effnet"][:1], torch.zeros_like(conditions["effnet"][1:])])
+            run_loop(module, conditions, job.network.prediction_type)
             return
+        if job.tokenizer is not None:
+            encode_text(module, *prompt_ids(job.tokenizer))
         rng = np.random.default_rng(0)
         for spec in job.specs:
             feeds = COMPONENTS[job.model].samples(spec, job.config, rng)
             COMPONENTS[job.model].calls[spec.name](module, {n: torch.from_numpy(x) for n, x in feeds.items()})
 
-    return scan_products(module, run)
+    return scan_products(module, run, form)
 
 
 # -- make
@@ -239,7 +247,7 @@ def make(
         folder: to write to.
         place: of the bundle that is added to.
         fit16: how a denoiser fits fp16.
-        scanned: of an int8 component: what decides which layers are computed in 8 bits.
+        scanned: of a component in 8 bits: what decides which layers are computed so, and how their inputs are scaled.
         quiet: no progress bar.
 
     Raises:
@@ -252,10 +260,15 @@ def make(
             prepare = fit16.apply if fit16 else lambda module: None
             graphs[spec.name] = uninterrupted(partial(trace, spec, job.config, job.precision, prepare))
             bar.update(1)
-    products = products_of(graphs, job.specs) if scanned else set()
-    int8 = scanned.record(products) if scanned else None
-    quantised = products - int8.wide.keys() if int8 else set()
-    graphs = {name: to_int8(graph, quantised) for name, graph in graphs.items()}
+    quantised: set[str] = set()
+    narrow: dict[str, QuantisedRecord] = {}
+    kind: Kind = "I8"
+    if scanned:
+        form = FORMS[job.precision.linear]
+        products = products_of(graphs, job.specs)
+        found = scanned.record(products, form)
+        quantised, narrow, kind = products - found.wide.keys(), {job.precision.name: found}, form.kind
+        graphs = {name: to_8_bits(graph, quantised, form, scanned) for name, graph in graphs.items()}
     names = {weight for graph in graphs.values() for weight in graph.weights}
     for there in (StoredSource(place / file) for file in job.beside):
         # the file can then come out as the one that is there
@@ -264,7 +277,7 @@ def make(
     size = sum(int(np.prod(job.source.shapes[n])) * (1 if n in quantised else dtype.itemsize) for n in names)
     with _bar(size, f"write {job.weights}", quiet, unit="B", unit_scale=True) as bar:
         divided = fit16.divided if fit16 else {}
-        written = write_weights(folder / job.weights, names, job.source, dtype, divided, bar.update, quantised)
+        written = write_weights(folder / job.weights, names, job.source, dtype, divided, bar.update, quantised, kind)
     weights = job.weights
     for file in job.beside:
         if plan.old is not None and plan.old.files[file] == written.record:  # the same weights are not stored twice
@@ -285,7 +298,7 @@ def make(
         model_record(plan.facts, job.network, job.config, weights),
         prediction_type=job.prediction_type,
         stream_scales=fit16.record if fit16 else None,
-        int8=int8,
+        quantised=narrow,
     )
     return Made(job=job, folder=folder, records=tuple(records), model=model, files=files)
 
@@ -330,7 +343,7 @@ def check(made: Made, plan: ExportPlan, place: Path, reference: Reference, quiet
         ExportError: an engine is further from PyTorch than its precision explains.
     """
     job, module = made.job, reference.module
-    provider = bf16_provider() if job.precision.compute == "bfloat16" else resolve_provider("cpu")
+    provider = bf16_provider(job.precision) if job.precision.compute == "bfloat16" else resolve_provider("cpu")
     pairs = [*((record, made.folder) for record in made.records), *((record, place) for record in job.shared)]
     specs = [record.spec for record, _ in pairs]
     with ExitStack() as opened:
@@ -341,7 +354,7 @@ def check(made: Made, plan: ExportPlan, place: Path, reference: Reference, quiet
             context = {n: v for n, v in feeds.items() if not isinstance(v, np.ndarray)}
             return engines[name].bind(context)(host)
 
-        by = provider or FP32_ARITHMETIC
+        by = provider or FP32_ARITHMETIC.format(job.precision.name)
         figures = verify_engines(specs, job.config, module, run, job.precision, by)
         if isinstance(module, Denoiser):
             models = {**(plan.old.models if plan.old else {}), job.model: made.model}
@@ -386,16 +399,16 @@ def _open(record: EngineRecord, folder: Path, provider: str | None) -> Engine:
     twin = folder / f".{record.file}.twin"
     write_fp32_twin(path, twin)
     try:
-        return open_engine(with_fields(record, precision=PRECISIONS["fp32"], **wide), twin, "cpu", EngineOptions())
+        return open_engine(with_fields(record, precision=PRECISIONS["fp32"], **wide), twin, "cpu", _AS_WRITTEN)
     finally:
         twin.unlink()
 
 
-def bf16_provider() -> str | None:
-    """The provider that can run bf16 engines on this machine, None if none can."""
+def bf16_provider(precision: Precision) -> str | None:
+    """The provider that can run a precision with bf16 arithmetic on this machine, None if none can."""
     for provider in ("cuda", "openvino"):
         try:
-            if "bfloat16" in computes(resolve_provider(provider)):
+            if runs(resolve_provider(provider), precision):
                 return provider
         except EngineError:
             continue

@@ -36,7 +36,7 @@ from cascade_rt.text import PromptTokenizer, PromptTruncatedWarning
 from .loading import load_fp32, plain_json, weights_of
 from .models import Denoiser, DenoiserConfig, StreamScales, encode_text
 from .models.blocks import Attention, AttnBlock, GlobalResponseNorm, ResBlock, TimestepBlock
-from .networks import Checkpoint
+from .networks import Checkpoint, TokenizerSource
 from .verify import predict_by_module
 
 FP16_MAX = 65504.0
@@ -240,14 +240,19 @@ def encode_prompts(checkpoint: Checkpoint) -> Prompts | None:
         return None
     config = plain_json(network.config)
     encoder = load_fp32("text_encoder", config, weights_of("text_encoder", config, network)).eval()
+    with torch.inference_mode():
+        return Prompts(*encode_text(encoder, *prompt_ids(tokenizer)))
+
+
+def prompt_ids(tokenizer: TokenizerSource) -> tuple[Tensor, Tensor]:
+    """The tokens of `SCAN_PROMPTS` and their mask, both ``[SCAN_BATCH, L]`` int64."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptTruncatedWarning)
         path = Path(folder) / "tokenizer.json"
         path.write_text(tokenizer.text, encoding="utf-8")
         record = TokenizerRecord(file=path.name, max_length=tokenizer.max_length, pad_id=tokenizer.pad_id)
         ids, mask = (torch.from_numpy(x) for x in PromptTokenizer(path, record)(SCAN_PROMPTS))
-    with torch.inference_mode():
-        return Prompts(*encode_text(encoder, ids, mask))
+    return ids, mask
 
 
 def conditions_of(config: DenoiserConfig, prompts: Prompts | None) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cascade_rt.backends import PROVIDERS
 from cascade_rt.backends.cuda import gpu_sm
 from cascade_rt.errors import EngineError, RequestError, shown
 from cascade_rt.manifest import Runtime
@@ -92,23 +93,34 @@ def _parse_sm(text: str | None) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
+LEAST_SM = {"fp8": 89}
+"""The first GPUs that have the arithmetic of a precision."""
+
+
 def check_precision(target: BuildTarget, precision: Precision) -> None:
     """Refuse what a GPU cannot compute before anything is built.
 
     Raises:
-        RequestError: SM 75 with bf16 or fp32, or int8.
+        RequestError: SM 75 with anything but fp16, fp8 before SM 89, or dynamic int8.
     """
-    if precision.linear != "plain":
+    if not PROVIDERS[target.runtime].takes(precision):
         raise RequestError(
             f"--target {target.runtime} cannot be built in {precision.name}, whose products are ONNX Runtime's and "
-            "OpenVINO's; use --precision fp16, or leave --target out"
+            "OpenVINO's; use --precision int8-static or fp16, or leave --target out"
+        )
+    least = LEAST_SM.get(precision.name, 0)
+    if older := [sm for sm in target.sm if sm < least]:
+        rest = ",".join(str(sm) for sm in target.sm if sm >= least) or str(least)
+        raise RequestError(
+            f"--sm {older[0]} cannot be built in {precision.name}: GPUs before compute capability {least / 10} have no "
+            f"such arithmetic; use --sm {rest}, or --precision int8-static"
         )
     if 75 not in target.sm or target.runtime != "tensorrt-rtx" or precision.name == "fp16":
         return
     reason = {
-        "bf16": "GPUs of compute capability 7.5 (Turing) have no bfloat16 arithmetic",
-        "fp32": "TensorRT-RTX has no fp32 matrix product for compute capability 7.5 (Turing)",
-    }[precision.name]
+        "bfloat16": "GPUs of compute capability 7.5 (Turing) have no bfloat16 arithmetic",
+        "float32": "TensorRT-RTX has no fp32 matrix product for compute capability 7.5 (Turing)",
+    }[precision.compute]
     raise RequestError(
         f"--sm 75 cannot be built in {precision.name}: {reason}; use --precision fp16, or leave 75 out of --sm"
     )

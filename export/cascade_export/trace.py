@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cascade_rt.errors import ExportError
 from cascade_rt.stages import Axis, AxisRange, EngineSpec, Precision, axis_of
-from cascade_rt.stored import scales_of
+from cascade_rt.stored import Kind, scales_of
 
 from .catalog import Call, Config, build_model, call_of
 
@@ -40,6 +40,7 @@ _ONNX_DTYPE = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
 }
+ONNX_8_BITS: dict[Kind, ir.DataType] = {"I8": ir.DataType.INT8, "F8_E4M3": ir.DataType.FLOAT8E4M3FN}
 _PREFIX = "model."
 
 
@@ -50,12 +51,12 @@ class Traced:
     Attributes:
         model: the graph.
         weights: keys in the checkpoint.
-        quantised: those of them that are stored in 8 bits.
+        quantised: those of them that are stored in 8 bits, and as what.
     """
 
     model: ir.Model
     weights: tuple[str, ...]
-    quantised: frozenset[str] = frozenset()
+    quantised: Mapping[str, Kind] = field(default_factory=dict)
 
 
 class _Graph(nn.Module):
@@ -162,15 +163,15 @@ def save(traced: Traced, path: Path, weights: str, places: Mapping[str, tuple[in
         path: ``.onnx`` file to write.
         weights: file name beside ``path``.
         places: byte offset and length of every tensor there.
-        dtype: of the tensors there that are not in 8 bits.
+        dtype: of the tensors there that are not in 8 bits, and of the scales of those.
     """
     kinds = {
         torch.float32: ir.DataType.FLOAT,
         torch.float16: ir.DataType.FLOAT16,
         torch.bfloat16: ir.DataType.BFLOAT16,
     }
-    dtypes = {name: ir.DataType.INT8 if name in traced.quantised else kinds[dtype] for name in traced.weights}
-    dtypes |= {scales_of(name): ir.DataType.FLOAT for name in traced.quantised}
+    dtypes = dict.fromkeys(traced.weights, kinds[dtype]) | {n: ONNX_8_BITS[k] for n, k in traced.quantised.items()}
+    dtypes |= {scales_of(name): kinds[dtype] for name in traced.quantised}
     for name, kind in dtypes.items():
         value = traced.model.graph.initializers[name]
         offset, length = places[name]

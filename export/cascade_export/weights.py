@@ -116,6 +116,11 @@ class SafetensorsSource:
         tensor = self.stored(name)
         return tensor if name not in self._scales else tensor.float() * self._scale(name, tensor)
 
+    @property
+    def names(self) -> set[str]:
+        """Every tensor that lies there, scales of others too."""
+        return set(self._stored)
+
     def metadata(self) -> dict[str, str]:
         """What the files say of themselves."""
         return {key: value for file in self._files.values() for key, value in (file.metadata() or {}).items()}
@@ -268,7 +273,7 @@ class StoredSource:
         metadata, where = self._base.metadata(), name_of(path)
         self._divided, self.quantised = divided_in(metadata, where), quantised_in(metadata, where)
         scales = {scales_of(name) for name in self.quantised}
-        if missing := (self.quantised.keys() | scales) - self._base.shapes.keys():
+        if missing := (self.quantised.keys() | scales) - self._base.names:
             raise CheckpointError(f"{where} says that it holds {quoted(min(missing))}, and does not; it is damaged")
         whole = {name: shape for name, shape in self._base.shapes.items() if name not in scales}
         self._shapes = whole | self.quantised
@@ -287,9 +292,10 @@ class StoredSource:
         """One tensor; float32 where it was divided or is in 8 bits."""
         if name in self.quantised:
             values, scales = self._base.stored(name), self._base.read(scales_of(name))
-            if values.dtype != torch.int8 or values.shape[1:] != scales.shape:
+            if values.dtype not in (torch.int8, torch.float8_e4m3fn) or values.shape[1:] != scales.shape:
                 raise CheckpointError(f"{quoted(name)} is not stored in 8 bits with a scale for each row; make it anew")
-            return torch.from_numpy(restored(values.numpy(), scales.numpy(), self.quantised[name]))
+            bits = values if values.dtype == torch.int8 else values.view(torch.uint8)
+            return torch.from_numpy(restored(bits.numpy(), scales.float().numpy(), self.quantised[name]))
         tensor = self._base.read(name)
         return tensor.float() * self._divided[name] if name in self._divided else tensor
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from cascade_rt.errors import CheckpointError, OutputError
 from cascade_rt.files import name_of
 from cascade_rt.manifest import FileRecord
-from cascade_rt.stored import DIVIDED, QUANTISED, scales_of
-from cascade_rt.stored import quantised as in_8_bits
+from cascade_rt.stored import DIVIDED, QUANTISED, Kind, scales_of
+from cascade_rt.stored import quantised as with_scales
+from cascade_rt.tensor_file import narrowed
 
 from .weights import TensorSource
 
@@ -59,6 +60,7 @@ def write_weights(
     divided: Mapping[str, float] | None = None,
     progress: Callable[[int], Any] = lambda size: None,
     quantised: Collection[str] = (),
+    kind: Kind = "I8",
 ) -> Written:
     """Stream tensors into a safetensors file.
 
@@ -72,7 +74,8 @@ def write_weights(
         dtype: of the tensors in the file that are not in 8 bits.
         divided: powers of two that tensors are divided by before they are converted, which loses nothing.
         progress: told of the bytes of each tensor that has been written.
-        quantised: tensors that are stored in 8 bits (`cascade_rt.stored`).
+        quantised: tensors that are stored in 8 bits (`cascade_rt.stored`), their scales in ``dtype``.
+        kind: what those hold.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, also after conversion.
@@ -80,7 +83,7 @@ def write_weights(
     """
     divided, names = divided or {}, list(names)
     plain = [_plain_row(name, source, dtype) for name in names if name not in quantised]
-    rows = [*plain, *(row for name in names if name in quantised for row in _quantised_rows(name, source))]
+    rows = [*plain, *(row for name in names if name in quantised for row in _quantised_rows(name, source, dtype, kind))]
     rows.sort(key=lambda row: (-row.bytes, row.name))
     said = {DIVIDED: dict(divided), QUANTISED: {name: source.shapes[name] for name in names if name in quantised}}
     header, places = _header(rows, {key: json.dumps(value, sort_keys=True) for key, value in said.items() if value})
@@ -96,11 +99,12 @@ def write_weights(
         file.write(header)
         for row in rows:
             if row.name in quantised:
-                values, found = in_8_bits(_finite(row.name, source.read(row.name)).float().numpy())
+                weight = _finite(row.name, source.read(row.name)).float().numpy()
+                values, found = with_scales(weight, kind, _NAMES[dtype])
                 scales[scales_of(row.name)] = found
                 content = memoryview(values.tobytes())
             elif row.name in scales:
-                content = memoryview(scales.pop(row.name).tobytes())
+                content = memoryview(narrowed(scales.pop(row.name), row.kind).tobytes())
             else:
                 stored = _bytes_of(row.name, source.read(row.name), dtype, divided.get(row.name, 1.0))
                 content = memoryview(stored)
@@ -115,10 +119,10 @@ def _plain_row(name: str, source: TensorSource, dtype: torch.dtype) -> _Row:
     return _Row(name=name, kind=_NAMES[dtype], shape=shape, bytes=math.prod(shape) * dtype.itemsize)
 
 
-def _quantised_rows(name: str, source: TensorSource) -> tuple[_Row, _Row]:
+def _quantised_rows(name: str, source: TensorSource, dtype: torch.dtype, kind: Kind) -> tuple[_Row, _Row]:
     rows, columns = source.shapes[name][:2]
-    values = _Row(name=name, kind="I8", shape=(columns, rows), bytes=rows * columns)
-    return values, _Row(name=scales_of(name), kind="F32", shape=(rows,), bytes=4 * rows)
+    values = _Row(name=name, kind=kind, shape=(columns, rows), bytes=rows * columns)
+    return values, _Row(name=scales_of(name), kind=_NAMES[dtype], shape=(rows,), bytes=rows * dtype.itemsize)
 
 
 def _header(rows: Iterable[_Row], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:

@@ -433,7 +433,7 @@ def test_without_a_precision_the_size_decides(
 
 def test_bf16_is_verified_on_any_machine(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing runs bf16, the same graph over the same weights is checked in fp32 arithmetic, and says so."""
-    monkeypatch.setattr(exporter, "bf16_provider", lambda: None)
+    monkeypatch.setattr(exporter, "bf16_provider", lambda precision: None)
     out = tmp_path / "out"
     assert command("--stage", "a", "--checkpoint", vqgan, "--out", out, "--precision", "bf16") == 0
     figures = Bundle(out).engine("stage_a.decode").verification

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from cascade_export.checkpoints import open_checkpoint
 from cascade_export.exporter import export
-from cascade_export.int8 import ALWAYS_FINE, MOST_ERROR, Scan, scan_products
 from cascade_export.job import ExportRequest
 from cascade_export.models import Denoiser, DenoiserConfig
 from cascade_export.precision import run_loop, seeded_conditions
+from cascade_export.quantise import ALWAYS_FINE, FORMS, MOST_ERROR, Scan, scan_products
 from cascade_rt import CascadePipeline, CheckpointError, EngineError, RequestError
 from cascade_rt.backends import EngineOptions, open_engine
 from cascade_rt.bundle import Bundle
@@ -119,8 +119,7 @@ def test_products_are_in_8_bits_and_nothing_else(tiny: Path) -> None:
 def test_the_manifest_says_what_was_done(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = Bundle(tiny).manifest
     for name in ("text_encoder", "stage_c", "stage_a"):
-        record = manifest.models[name].int8
-        assert record is not None
+        record = manifest.models[name].quantised["int8"]
         stored = load_file(tiny / f"{name}.safetensors")
         assert record.layers == sum(values.dtype == np.int8 for values in stored.values())
         assert 1e-3 < record.largest_error <= ALWAYS_FINE < MOST_ERROR
@@ -188,7 +187,7 @@ def test_engine_files_are_not_built_in_int8(tmp_path: Path) -> None:
     from cascade_export.targets import BuildTarget
 
     wanted = request(tmp_path / "out", "a", targets=(BuildTarget("tensorrt-rtx", (89,)),))
-    with pytest.raises(RequestError, match=r"tensorrt-rtx cannot be built in int8.*--precision fp16"):
+    with pytest.raises(RequestError, match=r"tensorrt-rtx cannot be built in int8.*--precision int8-static"):
         export(open_checkpoint(None, "tiny"), wanted)
     assert not (tmp_path / "out").exists()
 
@@ -203,8 +202,7 @@ def test_a_layer_with_outliers_stays_wide(tmp_path: Path) -> None:
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     bundle = export(open_checkpoint(str(folder), None), request(tmp_path / "out", "c"))
-    record = bundle.manifest.models["stage_c"].int8
-    assert record is not None
+    record = bundle.manifest.models["stage_c"].quantised["int8"]
     stored = load_file(bundle.path / "stage_c.safetensors")
     assert list(record.wide) == [SENSITIVE]
     assert "its product in 8 bits is" in record.wide[SENSITIVE]
@@ -230,7 +228,7 @@ def test_a_layer_with_outliers_stays_wide(tmp_path: Path) -> None:
 )
 def test_layers_that_stand_out_stay_wide(errors: list[float], wide: list[int]) -> None:
     names = [f"layer {index}" for index in range(len(errors))]
-    record = Scan(errors=dict(zip(names, errors, strict=True))).record(names)
+    record = Scan(errors=dict(zip(names, errors, strict=True))).record(names, FORMS["int8"])
     assert list(record.wide) == [names[index] for index in wide]
     assert record.layers == len(errors) - len(wide)
     assert record.largest_error == max((e for i, e in enumerate(errors) if i not in wide), default=0)
@@ -239,7 +237,7 @@ def test_layers_that_stand_out_stay_wide(errors: list[float], wide: list[int]) -
 def test_the_scan_measures_every_linear_layer_but_those_of_timesteps() -> None:
     module = denoiser()
     conditions = seeded_conditions(module.config)
-    found = scan_products(module, lambda: run_loop(module, conditions, "epsilon")).errors
+    found = scan_products(module, lambda: run_loop(module, conditions, "epsilon"), FORMS["int8"]).errors
     linear = {
         f"{name}.weight"
         for name, part in module.named_modules()
@@ -325,4 +323,4 @@ def test_precisions_lie_side_by_side(tiny: Path, tmp_path: Path, link_bundle: Ca
     out = link_bundle(tiny, tmp_path / "both")
     bundle = export(open_checkpoint(None, "tiny"), request(out, "text", precision=PRECISIONS["fp32"], verify=False))
     assert [r.precision.name for r in bundle.manifest.records("text_encoder")] == ["int8", "fp32"]
-    assert bundle.manifest.models["text_encoder"].int8 == Bundle(tiny).manifest.models["text_encoder"].int8
+    assert bundle.manifest.models["text_encoder"].quantised == Bundle(tiny).manifest.models["text_encoder"].quantised

@@ -159,8 +159,10 @@ class OpenVinoRuntime : public Runtime {
   std::unique_ptr<Engine> open(const EngineRecord& record, const std::string& path) const override {
     ov::AnyMap told{{"NUM_STREAMS", "1"}, {"PERFORMANCE_HINT", "LATENCY"}};
     std::string dtype = record.precision.compute;
-    if (record.precision.linear == "int8") {  // its inputs are quantised by groups; the rest is bf16 where there is any
+    if (record.precision.linear == "int8") {  // the graph leaves it to the runtime how inputs are quantised
       told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = std::string(tables::kOpenVinoInt8Group);
+    }
+    if (record.precision.linear != "plain") {  // what is not in 8 bits is bf16 where there is any
       if (std::find(computes_.begin(), computes_.end(), "bfloat16") != computes_.end()) dtype = "bfloat16";
     }
     for (const auto& kind : kKinds) {
