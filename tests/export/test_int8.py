@@ -302,7 +302,7 @@ def test_a_lora_is_switched(tiny: Path, shipped: Path, tmp_path: Path) -> None:
     exact = load_file(tiny / "stage_c.safetensors")
     shapes = {name: values.shape for name, values in load_file(shipped / "stage_c.safetensors").items()}
     path = lora(shapes, tmp_path / "style.safetensors")
-    write_overlay(Bundle(tiny), Bundle(tiny).manifest.engines, [parse_lora(str(path))], tmp_path)
+    write_overlay(Bundle(tiny), Bundle(tiny).manifest.engines, [parse_lora(str(path))], [], tmp_path)
     made = load_file(tmp_path / "stage_c.safetensors")
     down, up = (load_file(path)[f"{MODULE}.{half}.weight"] for half in ("lora_down", "lora_up"))
     wanted = exact[WEIGHT].T * exact[f"{WEIGHT}_scale"][:, None] + up @ down
