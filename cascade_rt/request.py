@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -324,55 +324,68 @@ def check_tensors(given: Tensors) -> Tensors:
     return replace(given, **made)
 
 
-def _image_prompts(images: Any) -> tuple[ImagePrompt, ...]:
-    if not isinstance(images, list | tuple) or len(images) > MAX_IMAGES:
-        raise refused("images", images, f"a list of up to {MAX_IMAGES} images with weights")
+_Row = TypeVar("_Row", ImagePrompt, LoraFile, WordFile)
+
+
+def _rows(name: str, given: Any, kind: type[_Row], most: int, described: str) -> list[tuple[str, _Row]]:
+    """The elements of a list with their names; an object with the fields of a row stands for the row.
+
+    Raises:
+        RequestError: it is no list, is too long, or an element is something else.
+    """
+    if not isinstance(given, list | tuple) or len(given) > most:
+        raise refused(name, given, f"a list of up to {most} {described}")
+    first, *others = (one.name for one in fields(kind))
     made = []
-    for index, one in enumerate(images):
-        name = f"images[{index}]"
-        if isinstance(one, Mapping) and (set(one) - {"image", "weight"} or "image" not in one):
-            raise refused(name, one, "an object with image and weight")
-        given = ImagePrompt(**one) if isinstance(one, Mapping) else one
-        if not isinstance(given, ImagePrompt):
-            raise refused(name, one, "an object with image and weight")
-        weight = check_number(f"{name}.weight", given.weight, MAX_WEIGHT)
-        made.append(ImagePrompt(image=_check_place(f"{name}.image", given.image), weight=weight))
-    return tuple(made)
+    for index, one in enumerate(given):
+        place = f"{name}[{index}]"
+        is_row = isinstance(one, Mapping) and first in one and set(one) <= {first, *others}
+        row = kind(**one) if is_row else one
+        if not isinstance(row, kind):
+            raise refused(place, one, f"an object with {' and '.join((first, *others))}")
+        made.append((place, row))
+    return made
+
+
+def _image_prompts(images: Any) -> tuple[ImagePrompt, ...]:
+    return tuple(
+        ImagePrompt(
+            image=_check_place(f"{place}.image", row.image),
+            weight=check_number(f"{place}.weight", row.weight, MAX_WEIGHT),
+        )
+        for place, row in _rows("images", images, ImagePrompt, MAX_IMAGES, "images with weights")
+    )
 
 
 def _lora_files(loras: Any) -> tuple[LoraFile, ...]:
-    if not isinstance(loras, list | tuple) or len(loras) > MAX_LORAS:
-        raise refused("loras", loras, f"a list of up to {MAX_LORAS} files with scales")
-    made = []
-    for index, one in enumerate(loras):
-        name = f"loras[{index}]"
-        if isinstance(one, Mapping) and (set(one) - {"file", "scale"} or "file" not in one):
-            raise refused(name, one, "an object with file and scale")
-        given = LoraFile(**one) if isinstance(one, Mapping) else one
-        if not isinstance(given, LoraFile) or not isinstance(given.file, str) or not given.file or "\0" in given.file:
-            raise refused(name, one, "an object with file and scale")
-        made.append(LoraFile(file=given.file, scale=check_number(f"{name}.scale", given.scale, MAX_LORA_SCALE)))
-    return tuple(made)
+    return tuple(
+        LoraFile(
+            file=_check_file(f"{place}.file", row.file),
+            scale=check_number(f"{place}.scale", row.scale, MAX_LORA_SCALE),
+        )
+        for place, row in _rows("loras", loras, LoraFile, MAX_LORAS, "files with scales")
+    )
 
 
 def _word_files(files: Any) -> tuple[WordFile, ...]:
-    if not isinstance(files, list | tuple) or len(files) > MAX_WORD_FILES:
-        raise refused("words", files, f"a list of up to {MAX_WORD_FILES} files with words")
-    made = []
-    for index, one in enumerate(files):
-        name = f"words[{index}]"
-        if isinstance(one, Mapping) and (set(one) - {"file", "words"} or "file" not in one):
-            raise refused(name, one, "an object with file and words")
-        given = WordFile(**one) if isinstance(one, Mapping) else one
-        if not isinstance(given, WordFile) or not isinstance(given.file, str) or not given.file or "\0" in given.file:
-            raise refused(name, one, "an object with file and words")
-        words = given.words
-        if words is not None:
-            if not isinstance(words, list | tuple) or not 1 <= len(words) <= MAX_WORDS:
-                raise refused(f"{name}.words", words, f"null, or a list of 1 to {MAX_WORDS} words")
-            words = tuple(check_word(f"{name}.words", word) for word in words)
-        made.append(WordFile(file=given.file, words=words))
-    return tuple(made)
+    return tuple(
+        WordFile(file=_check_file(f"{place}.file", row.file), words=_words_or_none(f"{place}.words", row.words))
+        for place, row in _rows("words", files, WordFile, MAX_WORD_FILES, "files with words")
+    )
+
+
+def _words_or_none(name: str, words: Any) -> tuple[str, ...] | None:
+    if words is None:
+        return None
+    if not isinstance(words, list | tuple) or not 1 <= len(words) <= MAX_WORDS:
+        raise refused(name, words, f"null, or a list of 1 to {MAX_WORDS} words")
+    return tuple(check_word(name, word) for word in words)
+
+
+def _check_file(name: str, file: Any) -> str:
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise refused(name, file, "the path of a file")
+    return file
 
 
 def _kind_or_none(kind: Any) -> ControlKind | None:

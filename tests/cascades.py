@@ -118,6 +118,20 @@ def save_controlnet(checkpoint: Path, kind: str, config: dict[str, Any], generat
     (folder / "config.json").write_text(json.dumps({"_class_name": "StableCascadeControlNet", **config}))
 
 
+WIDE_STAGE_C: dict[str, Any] = {
+    "_class_name": "StableCascadeUNet",
+    "conditioning_dim": 32,
+    "block_out_channels": [64, 64],
+    "num_attention_heads": [2, 2],
+    "down_num_layers_per_block": [1, 1],
+    "up_num_layers_per_block": [1, 1],
+    "clip_text_in_channels": 32,
+    "clip_text_pooled_in_channels": 32,
+    "clip_image_in_channels": 32,
+    "switch_level": [False],
+}
+"""The smallest Stage C whose linear layers are wide enough for 8 bits."""
+
 _DENOISER: dict[str, Any] = {"clip_text_pooled_in_channels": 12, "conditioning_dim": 16, "dropout": 0.0}
 SMALL_CONFIGS: dict[str, dict[str, Any]] = {
     "text_encoder": {**reference.SHAPES["shallow"].text, "vocab_size": 99, "eos_token_id": 98, "pad_token_id": 98},

@@ -29,23 +29,12 @@ from cascade_rt.lora import parse_lora
 from cascade_rt.manifest import MANIFEST
 from cascade_rt.overlay import write_overlay
 from cascade_rt.stages import PRECISIONS
+from cascades import WIDE_STAGE_C
 from reference import randomize, rel_l2
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="openvino is not installed: pip install 'cascade-rt[openvino]'"
 )
-CONFIG: dict[str, Any] = {
-    "_class_name": "StableCascadeUNet",
-    "conditioning_dim": 32,
-    "block_out_channels": [64, 64],
-    "num_attention_heads": [2, 2],
-    "down_num_layers_per_block": [1, 1],
-    "up_num_layers_per_block": [1, 1],
-    "clip_text_in_channels": 32,
-    "clip_text_pooled_in_channels": 32,
-    "clip_image_in_channels": 32,
-    "switch_level": [False],
-}
 WEIGHT = "down_blocks.0.2.attention.to_q.weight"
 MODULE = "lora_prior_unet_down_blocks_0_2_attention_to_q"
 SENSITIVE = "up_blocks.1.0.channelwise.4.weight"
@@ -75,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, shipped: Path, link_bundle: C
 
 def denoiser(outlier: float = 0.0) -> Denoiser:
     """A random Stage C; with ``outlier`` one input of `SENSITIVE` is so large, and is multiplied by 0."""
-    module = Denoiser(DenoiserConfig.from_dict(CONFIG)).eval()
+    module = Denoiser(DenoiserConfig.from_dict(WIDE_STAGE_C)).eval()
     randomize(module, torch.Generator().manual_seed(3))
     with torch.no_grad():
         if outlier:
@@ -200,7 +189,7 @@ def test_a_layer_with_outliers_stays_wide(tmp_path: Path) -> None:
     folder.mkdir()
     weights = {name: tensor.detach().numpy() for name, tensor in denoiser(outlier=3e4).state_dict().items()}
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(WIDE_STAGE_C))
     bundle = export(open_checkpoint(str(folder), None), request(tmp_path / "out", "c"))
     record = bundle.manifest.models["stage_c"].quantised["int8"]
     stored = load_file(bundle.path / "stage_c.safetensors")

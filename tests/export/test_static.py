@@ -28,6 +28,7 @@ from cascade_rt import CascadePipeline, EngineError, ExportError, RequestError
 from cascade_rt.bundle import Bundle
 from cascade_rt.stages import PRECISIONS
 from cascade_rt.stored import LARGEST, StoredWeights, from_8_bits, in_8_bits
+from cascades import WIDE_STAGE_C
 from reference import randomize, rel_l2
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
@@ -35,18 +36,6 @@ needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="openvino is not installed: pip install 'cascade-rt[openvino]'"
 )
 KINDS = {"int8-static": "I8", "fp8": "F8_E4M3"}
-CONFIG: dict[str, Any] = {
-    "_class_name": "StableCascadeUNet",
-    "conditioning_dim": 32,
-    "block_out_channels": [64, 64],
-    "num_attention_heads": [2, 2],
-    "down_num_layers_per_block": [1, 1],
-    "up_num_layers_per_block": [1, 1],
-    "clip_text_in_channels": 32,
-    "clip_text_pooled_in_channels": 32,
-    "clip_image_in_channels": 32,
-    "switch_level": [False],
-}
 
 
 def request(out: Path, precision: str, *stages: str, **options: Any) -> ExportRequest:
@@ -64,7 +53,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def denoiser() -> Denoiser:
-    module = Denoiser(DenoiserConfig.from_dict(CONFIG)).eval()
+    module = Denoiser(DenoiserConfig.from_dict(WIDE_STAGE_C)).eval()
     randomize(module, torch.Generator().manual_seed(3))
     return module
 

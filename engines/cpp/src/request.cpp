@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "tables.hpp"
 
@@ -170,55 +171,64 @@ bool check_bool(const std::string& name, const Json& value) {
   return value.get<bool>();
 }
 
-std::string place_from(const std::string& name, const Json& value) {
+std::string path_from(const std::string& name, const Json& value, const char* accepted) {
   if (!value.is_string() || value.get_ref<const std::string&>().empty() ||
       value.get_ref<const std::string&>().find('\0') != std::string::npos) {
-    throw refused(name, value, "the path of a picture, or a data:image/...;base64, URI");
+    throw refused(name, value, accepted);
   }
   return value.get<std::string>();
 }
 
-std::vector<ImagePrompt> images_from(const Json& value) {
-  if (!value.is_array() || static_cast<std::int64_t>(value.size()) > tables::kMaxImages) {
-    throw refused("images", value, "a list of up to " + std::to_string(tables::kMaxImages) + " images with weights");
+std::string place_from(const std::string& name, const Json& value) {
+  return path_from(name, value, "the path of a picture, or a data:image/...;base64, URI");
+}
+
+std::string file_from(const std::string& name, const Json& value) {
+  return path_from(name, value, "the path of a file");
+}
+
+/// Visits the elements of a list with their names: objects with the field `first`, and with `second` or without.
+template <class Visit>
+void for_rows(const std::string& name, const Json& value, std::int64_t most, const std::string& described,
+              const std::string& first, const std::string& second, const Visit& visit) {
+  if (!value.is_array() || static_cast<std::int64_t>(value.size()) > most) {
+    throw refused(name, value, "a list of up to " + std::to_string(most) + " " + described);
   }
-  std::vector<ImagePrompt> made;
   for (std::size_t i = 0; i < value.size(); ++i) {
-    const std::string name = "images[" + std::to_string(i) + "]";
+    const std::string place = name + "[" + std::to_string(i) + "]";
     const Json& one = value[i];
-    bool fine = one.is_object() && one.contains("image");
+    bool fine = one.is_object() && one.contains(first);
     if (fine) {
-      for (const auto& item : one.items()) fine = fine && (item.key() == "image" || item.key() == "weight");
+      for (const auto& item : one.items()) fine = fine && (item.key() == first || item.key() == second);
     }
-    if (!fine) throw refused(name, one, "an object with image and weight");
-    const double weight = one.contains("weight") ? check_number(name + ".weight", one.at("weight"),
-                                                                static_cast<double>(tables::kMaxWeight))
-                                                 : 1.0;
-    made.push_back({place_from(name + ".image", one.at("image")), weight});
+    if (!fine) throw refused(place, one, "an object with " + first + " and " + second);
+    visit(place, one);
   }
+}
+
+double number_or_one(const std::string& place, const Json& row, const std::string& field, double most) {
+  return row.contains(field) ? check_number(place + "." + field, row.at(field), most) : 1.0;
+}
+
+std::vector<ImagePrompt> images_from(const Json& value) {
+  std::vector<ImagePrompt> made;
+  const auto most = static_cast<double>(tables::kMaxWeight);
+  for_rows("images", value, tables::kMaxImages, "images with weights", "image", "weight",
+           [&](const std::string& place, const Json& row) {
+             std::string image = place_from(place + ".image", row.at("image"));
+             made.push_back({std::move(image), number_or_one(place, row, "weight", most)});
+           });
   return made;
 }
 
 std::vector<LoraFile> loras_from(const Json& value) {
-  if (!value.is_array() || static_cast<std::int64_t>(value.size()) > tables::kMaxLoras) {
-    throw refused("loras", value, "a list of up to " + std::to_string(tables::kMaxLoras) + " files with scales");
-  }
   std::vector<LoraFile> made;
-  for (std::size_t i = 0; i < value.size(); ++i) {
-    const std::string name = "loras[" + std::to_string(i) + "]";
-    const Json& one = value[i];
-    bool fine = one.is_object() && one.contains("file") && one.at("file").is_string();
-    if (fine) {
-      for (const auto& item : one.items()) fine = fine && (item.key() == "file" || item.key() == "scale");
-      const auto& file = one.at("file").get_ref<const std::string&>();
-      fine = fine && !file.empty() && file.find('\0') == std::string::npos;
-    }
-    if (!fine) throw refused(name, one, "an object with file and scale");
-    const double scale = one.contains("scale") ? check_number(name + ".scale", one.at("scale"),
-                                                              static_cast<double>(tables::kMaxLoraScale))
-                                               : 1.0;
-    made.push_back({one.at("file").get<std::string>(), scale});
-  }
+  const auto most = static_cast<double>(tables::kMaxLoraScale);
+  for_rows("loras", value, tables::kMaxLoras, "files with scales", "file", "scale",
+           [&](const std::string& place, const Json& row) {
+             std::string file = file_from(place + ".file", row.at("file"));
+             made.push_back({std::move(file), number_or_one(place, row, "scale", most)});
+           });
   return made;
 }
 
