@@ -128,7 +128,8 @@ class Axis:
     Attributes:
         terms: (times, name) of every named size.
         plus: what is added.
-        over: what the sum is divided by, without a remainder.
+        over: what the sum is divided by, without a remainder; where ``plus`` is one less, the quotient is rounded up:
+            ``height+31/32``.
     """
 
     terms: tuple[tuple[int, str], ...]
@@ -147,7 +148,7 @@ class Axis:
             ValueError: the division leaves a remainder.
         """
         total = self.plus + sum(times * sizes[name] for times, name in self.terms)
-        if total % self.over:
+        if total % self.over and self.plus != self.over - 1:
             raise ValueError(f"{total} is no multiple of {self.over}")
         return total // self.over
 
@@ -534,9 +535,10 @@ ENGINES: dict[str, EngineSpec] = {
             stage="effnet",
             model="effnet",
             inputs=(tensor_row("pixels", "float32", "batch 3 height width", "0..1"),),
-            outputs=(tensor_row("latents", "float32", "batch latent_channels height/32 width/32", "Stage C latents"),),
+            outputs=(
+                tensor_row("latents", "float32", "batch latent_channels height+31/32 width+31/32", "Stage C latents"),
+            ),
             ranges={"batch": _BATCH, "height": _PIXELS, "width": _PIXELS},
-            grids=_ON_GRID,
         ),
         EngineSpec(
             name="previewer",

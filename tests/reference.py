@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 warnings.filterwarnings("ignore", module="diffusers")
 warnings.filterwarnings("ignore", module="transformers")
@@ -249,3 +251,39 @@ def rel_l2(made: np.ndarray, wanted: np.ndarray) -> float:
     assert np.isfinite(a).all()
     assert np.isfinite(b).all()
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def conv(
+    x: torch.Tensor, w: dict[str, torch.Tensor], key: str, stride: int = 1, groups: int = 1, act: bool = True
+) -> Any:
+    """A convolution, BatchNorm (eps 1e-3) and SiLU by torchvision's keys."""
+    weight = w[f"{key}.0.weight"]
+    x = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, groups)
+    norm = (w[f"{key}.1.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+    x = F.batch_norm(x, *norm, False, 0.0, 1e-3)
+    return F.silu(x) if act else x
+
+
+@torch.no_grad()
+def effnet(w: dict[str, torch.Tensor], stages: Sequence[Any], pixels: torch.Tensor) -> Any:
+    """EfficientNetV2's blocks from the paper's tables, read off torchvision's keys; torchvision is not needed."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = conv((pixels - mean[:, None, None]) / std[:, None, None], w, "backbone.0", 2)
+    channels = len(w["backbone.0.0.weight"])
+    for stage, (kind, expand, _, stride, target, count) in enumerate(stages, 1):
+        for index in range(count):
+            step, key = (stride if index == 0 else 1), f"backbone.{stage}.{index}.block"
+            if kind == "fused" and expand == 1:
+                y = conv(x, w, f"{key}.0", step)
+            elif kind == "fused":
+                y = conv(conv(x, w, f"{key}.0", step), w, f"{key}.1", act=False)
+            else:
+                y = conv(x, w, f"{key}.0")
+                y = conv(y, w, f"{key}.1", step, groups=y.shape[1])
+                gate = F.silu(F.conv2d(y.mean((2, 3), True), w[f"{key}.2.fc1.weight"], w[f"{key}.2.fc1.bias"]))
+                y = y * torch.sigmoid(F.conv2d(gate, w[f"{key}.2.fc2.weight"], w[f"{key}.2.fc2.bias"]))
+                y = conv(y, w, f"{key}.3", act=False)
+            x = x + y if step == 1 and channels == target else y
+            channels = target
+    x = F.conv2d(conv(x, w, f"backbone.{len(stages) + 1}"), w["mapper.0.weight"])
+    return F.batch_norm(x, w["mapper.1.running_mean"], w["mapper.1.running_var"], eps=1e-5)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from cascade_export.catalog import build_model
@@ -19,8 +20,8 @@ from cascade_rt.backends import Engine
 from cascade_rt.image import resize_bilinear
 from cascade_rt.loader import EngineLoader
 from cascade_rt.sampling import timestep_embedding
-from cascades import Cascade
-from reference import rel_l2
+from cascades import SMALL_EFFNET, Cascade
+from reference import effnet, rel_l2
 
 BOUND = TOLERANCES["engine fp32"].rel_l2
 FOLDERS = {"stage_c": "prior_prior", "stage_b": "decoder", "stage_a": "vqgan"}
@@ -138,3 +139,44 @@ def test_controlnet_engines(cascade: Cascade) -> None:
         wanted = module_of(cascade, f"controlnet_{kind}")(torch.from_numpy(control)).numpy()
         assert rel_l2(run(cascade, f"controlnet.{kind}", {"control": control})["residuals"], wanted) <= BOUND
         assert rel_l2(run(cascade, f"controlnet.{kind}", {"control": 1 - control})["residuals"], wanted) > 1e-3
+
+
+def effnet_weights(cascade: Cascade) -> dict[str, torch.Tensor]:
+    return load_file(cascade.checkpoint / "effnet" / "diffusion_pytorch_model.safetensors")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cascade", ["shallow"], indirect=True)
+def test_the_semantic_encoder_takes_any_size(cascade: Cascade) -> None:
+    """The authors' gives ceil(n / 32) latents: every convolution with a stride pads, and none is cut off."""
+    weights, generator = effnet_weights(cascade), torch.Generator().manual_seed(5)
+    for height, width in ((64, 64), (65, 97), (33, 127), (171, 96)):
+        pixels = torch.rand(1, 3, height, width, generator=generator)
+        wanted = effnet(weights, SMALL_EFFNET["stages"], pixels).numpy()
+        made = run(cascade, "effnet_encoder", {"pixels": pixels.numpy()})["latents"]
+        assert made.shape == (1, 16, -(-height // 32), -(-width // 32))
+        assert rel_l2(made, wanted) <= BOUND
+        if height % 32:  # a picture that is padded to a multiple of 32 is another one
+            padded = torch.nn.functional.pad(pixels, (0, -width % 32, 0, -height % 32))
+            assert rel_l2(effnet(weights, SMALL_EFFNET["stages"], padded).numpy(), wanted) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cascade", ["shallow"], indirect=True)
+def test_a_picture_is_encoded_at_the_authors_size(cascade: Cascade) -> None:
+    """``resize_image`` of the authors' notebooks: 768 on the short side, the long side truncated to whole pixels."""
+    rng = np.random.default_rng(6)
+    # smooth, so that two antialiasing filters agree: what is compared is the size
+    small = Image.fromarray(rng.integers(0, 256, (9, 16, 3), dtype=np.uint8))
+    picture = small.resize((640, 360), Image.Resampling.BICUBIC)
+    tensor = torch.from_numpy(np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 255)[None]
+    resized = torch.nn.functional.interpolate(
+        tensor, size=(768, int(768 * 640 / 360)), mode="bilinear", align_corners=False, antialias=True
+    )
+    assert resized.shape[2:] == (768, 1365)
+    wanted = effnet(effnet_weights(cascade), SMALL_EFFNET["stages"], resized.clamp(0, 1)).numpy()
+    made = cascade.ours.encode(picture)
+    assert made.shape == wanted.shape == (1, 16, 24, 43)
+    assert rel_l2(made, wanted) < 1e-3
+    flipped = effnet(effnet_weights(cascade), SMALL_EFFNET["stages"], resized.flip(3)).numpy()
+    assert rel_l2(made, flipped) > 1e-2

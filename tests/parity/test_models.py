@@ -25,7 +25,7 @@ from cascade_export.models import (
 from cascade_export.presets import CONFIGS
 from cascade_export.verify import TOLERANCES
 from cascade_rt import CheckpointError
-from reference import SHAPES, randomize, rel_l2
+from reference import SHAPES, effnet, randomize, rel_l2
 
 CASES = [(name, part) for name in SHAPES for part in ("prior", "decoder")]
 
@@ -164,21 +164,9 @@ def test_stage_a(levels: int) -> None:
     assert rel_l2(ours.encode(pixels.flip(3)).numpy(), wanted.numpy()) > 10 * bound
 
 
-def conv(
-    x: torch.Tensor, w: dict[str, torch.Tensor], key: str, stride: int = 1, groups: int = 1, act: bool = True
-) -> Any:
-    """A convolution, BatchNorm (eps 1e-3) and SiLU by torchvision's keys."""
-    weight = w[f"{key}.0.weight"]
-    x = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, groups)
-    norm = (w[f"{key}.1.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
-    x = F.batch_norm(x, *norm, False, 0.0, 1e-3)
-    return F.silu(x) if act else x
-
-
 @torch.no_grad()
 @pytest.mark.covers("effnet_encoder", "parity")
 def test_effnet_against_the_architecture_written_out() -> None:
-    """EfficientNetV2's blocks from the paper's tables, read off torchvision's keys; torchvision is not needed."""
     config = EffNetConfig(
         stages=(("fused", 1, 3, 1, 8, 2), ("fused", 4, 3, 2, 16, 2), ("mb", 4, 3, 2, 24, 2), ("mb", 6, 3, 1, 32, 1)),
         stem_channels=8,
@@ -189,26 +177,7 @@ def test_effnet_against_the_architecture_written_out() -> None:
     randomize(model, g)
     w = model.state_dict()
     pixels = torch.rand(2, 3, 64, 96, generator=g)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = conv((pixels - mean[:, None, None]) / std[:, None, None], w, "backbone.0", 2)
-    channels = 8
-    for stage, (kind, expand, _, stride, target, count) in enumerate(config.stages, 1):
-        for index in range(count):
-            step, key = (stride if index == 0 else 1), f"backbone.{stage}.{index}.block"
-            if kind == "fused" and expand == 1:
-                y = conv(x, w, f"{key}.0", step)
-            elif kind == "fused":
-                y = conv(conv(x, w, f"{key}.0", step), w, f"{key}.1", act=False)
-            else:
-                y = conv(x, w, f"{key}.0")
-                y = conv(y, w, f"{key}.1", step, groups=y.shape[1])
-                gate = F.silu(F.conv2d(y.mean((2, 3), True), w[f"{key}.2.fc1.weight"], w[f"{key}.2.fc1.bias"]))
-                y = y * torch.sigmoid(F.conv2d(gate, w[f"{key}.2.fc2.weight"], w[f"{key}.2.fc2.bias"]))
-                y = conv(y, w, f"{key}.3", act=False)
-            x = x + y if step == 1 and channels == target else y
-            channels = target
-    x = F.conv2d(conv(x, w, "backbone.5"), w["mapper.0.weight"])
-    wanted = F.batch_norm(x, w["mapper.1.running_mean"], w["mapper.1.running_var"], eps=1e-5).numpy()
+    wanted = effnet(w, config.stages, pixels).numpy()
     made = model(pixels).numpy()
     assert made.shape == (2, 16, 8, 12)
     assert rel_l2(made, wanted) <= TOLERANCES["module"].rel_l2

@@ -111,6 +111,12 @@ def test_numbers_are_no_formulas(formula: str) -> None:
     assert isinstance(resolve_axis(formula, {}), int)
 
 
+def test_a_formula_may_round_up() -> None:
+    assert [axis_of("height+31/32").size({"height": height}) for height in (1, 32, 33, 64, 65)] == [1, 1, 2, 2, 3]
+    with pytest.raises(ValueError, match="63 is no multiple of 32"):
+        axis_of("height+30/32").size({"height": 33})
+
+
 def test_a_size_that_is_no_whole_number_is_refused() -> None:
     with pytest.raises(ValueError, match="7 is no multiple of 2"):
         axis_of("height/2").size({"height": 7})

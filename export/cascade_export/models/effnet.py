@@ -151,7 +151,7 @@ class SemanticEncoder(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float32 in [0, 1], H and W multiples of 32 -> latents ``[B, 16, H/32, W/32]`` float32."""
+        """``[B, 3, H, W]`` float32 in [0, 1] -> latents ``[B, 16, ceil(H/32), ceil(W/32)]`` float32."""
         # by numbers, not by a tensor of them: a tensor made here would be a fake one while the module is traced
         channels = zip(pixels.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
         x = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
