@@ -27,10 +27,11 @@ ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 StageName = str
 """The word for a stage on the command line: `stage_names`."""
 
-Linear = Literal["plain", "int8", "int8-static", "fp8"]
+Linear = Literal["plain", "int8", "int8-static", "fp8", "w8"]
 """How products of linear layers are computed. ``plain``: in the compute dtype. ``int8``: weights are int8, symmetric,
 with a scale for each output channel; inputs are quantised to 8 bits by their range in each call. ``int8-static``: the
-same weights; inputs are int8, symmetric, with one scale that the export found. ``fp8``: likewise in E4M3."""
+same weights; inputs are int8, symmetric, with one scale that the export found. ``fp8``: likewise in E4M3. ``w8``: the
+weights of ``int8``, widened to the compute dtype; inputs stay as they are."""
 
 Size = Literal["tiny", "small", "big"]
 """The official sizes."""
@@ -69,6 +70,8 @@ PRECISIONS: dict[str, Precision] = {
         Precision(name="bf16", compute="bfloat16", weights="bfloat16", opset=22),
         # half the file; widened when it is loaded, so that memory and time are those of fp32
         Precision(name="w16", compute="float32", weights="float16", opset=20),
+        # a quarter of fp32's file; the widened weights are multiplied as in fp32
+        Precision(name="w8", compute="float32", weights="float32", opset=20, linear="w8"),
         Precision(name="int8", compute="float32", weights="float32", opset=20, linear="int8"),
         Precision(name="int8-static", compute="float32", weights="float32", opset=20, linear="int8-static"),
         Precision(name="fp8", compute="bfloat16", weights="bfloat16", opset=22, linear="fp8"),

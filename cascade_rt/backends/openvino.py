@@ -189,6 +189,8 @@ def _arithmetic(precision: Precision, computed: Sequence[DType]) -> dict[str, st
     """
     if precision.linear == "plain":
         return {"INFERENCE_PRECISION_HINT": _PRECISION_HINT[precision.compute]}
+    if precision.linear == "w8":  # its own groups would quantise inputs
+        return {"INFERENCE_PRECISION_HINT": _PRECISION_HINT[precision.compute], "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     rest: DType = "bfloat16" if "bfloat16" in computed else precision.compute
     groups = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_INT8_GROUP} if precision.linear == "int8" else {}
     return {"INFERENCE_PRECISION_HINT": _PRECISION_HINT[rest], **groups}

@@ -32,8 +32,8 @@ class Provider:
         return precision.compute in self.computes and precision.linear in self.linear
 
 
-_ON_CPUS: tuple[Linear, ...] = ("plain", "int8", "int8-static")
-_IN_TENSORRT: tuple[Linear, ...] = ("plain", "int8-static", "fp8")
+_ON_CPUS: tuple[Linear, ...] = ("plain", "int8", "int8-static", "w8")
+_IN_TENSORRT: tuple[Linear, ...] = ("plain", "int8-static", "fp8", "w8")
 PROVIDERS: dict[str, Provider] = {
     "cpu": Provider(extra="onnxruntime", device="cpu", computes=("float32", "float16"), linear=_ON_CPUS),
     "openvino": Provider(extra="openvino", device="cpu", linear=_ON_CPUS),

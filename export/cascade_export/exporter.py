@@ -132,7 +132,13 @@ def _needs_module(job: Job, request: ExportRequest) -> bool:
 
 def _is_fitted(job: Job) -> bool:
     """Whether a scan decides how the component fits its precision."""
-    return (job.is_denoiser and job.precision.compute == "float16") or job.precision.linear in FORMS
+    return (job.is_denoiser and job.precision.compute == "float16") or _is_scanned(job)
+
+
+def _is_scanned(job: Job) -> bool:
+    """Whether a scan decides which linear layers are computed in 8 bits."""
+    form = FORMS.get(job.precision.linear)
+    return form is not None and form.inputs != "wide"
 
 
 def _made(
@@ -192,7 +198,7 @@ def _fit16(job: Job, reference: Reference | None) -> Fit | None:
 
 def _scanned(job: Job, reference: Reference | None) -> Scan | None:
     """What 8 bits would make of a component's linear layers; None where it is exported in another precision."""
-    if reference is None or (form := FORMS.get(job.precision.linear)) is None:
+    if reference is None or not _is_scanned(job):
         return None
     module = reference.module
 
@@ -210,7 +216,7 @@ def _scanned(job: Job, reference: Reference | None) -> Scan | None:
             feeds = COMPONENTS[job.model].samples(spec, job.config, rng)
             COMPONENTS[job.model].calls[spec.name](module, {n: torch.from_numpy(x) for n, x in feeds.items()})
 
-    return scan_products(module, run, form)
+    return scan_products(module, run, FORMS[job.precision.linear])
 
 
 # -- make
@@ -263,12 +269,13 @@ def make(
     quantised: set[str] = set()
     narrow: dict[str, QuantisedRecord] = {}
     kind: Kind = "I8"
-    if scanned:
-        form = FORMS[job.precision.linear]
-        products = products_of(graphs, job.specs)
-        found = scanned.record(products, form)
-        quantised, narrow, kind = products - found.wide.keys(), {job.precision.name: found}, form.kind
-        graphs = {name: to_8_bits(graph, quantised, form, scanned) for name, graph in graphs.items()}
+    if (form := FORMS.get(job.precision.linear)) is not None:
+        quantised, kind = products_of(graphs, job.specs), form.kind
+        if scanned:
+            narrow[job.precision.name] = scanned.record(quantised, form)
+            quantised -= narrow[job.precision.name].wide.keys()
+        scales = scanned.scales if scanned else {}
+        graphs = {name: to_8_bits(graph, quantised, form, scales) for name, graph in graphs.items()}
     names = {weight for graph in graphs.values() for weight in graph.weights}
     for there in (StoredSource(place / file) for file in job.beside):
         # the file can then come out as the one that is there

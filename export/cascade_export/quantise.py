@@ -5,13 +5,14 @@ is quantised is a matter of the form:
 
 * ``int8``: in every call, by the range of what comes. ONNX Runtime's ``com.microsoft.DynamicQuantizeMatMul`` is both in
   one operator, and OpenVINO reads it as compressed weights.
+* ``w8``: not at all. ``DequantizeLinear`` widens the weight, which makes a small file and nothing faster.
 * ``int8-static`` and ``fp8``: by one scale, which is found here, as ``QuantizeLinear`` and ``DequantizeLinear``. That
   is the form that TensorRT reads.
 
 Norms, softmax, convolutions, the GRN and everything else stay as they are, and so does the timestep path, which all
 precisions compute in float32.
 
-A scan runs the network in float32. An input with a few values far beyond the rest is quantised too coarsely for the
+Where inputs are quantised, a scan runs the network in float32. An input with a few values far beyond the rest is quantised too coarsely for the
 others: a layer whose product is much further from the exact one than those of most layers stays wide, and the manifest
 says so. Of a static form the scan runs twice: once for the largest value of every input, and once to measure products
 with several scales up to the one of that value, of which the one with the smallest error is taken.
@@ -22,7 +23,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -60,17 +61,24 @@ class Form:
 
     Attributes:
         kind: what weights are stored as, and inputs quantised to.
-        static: inputs have one scale, which the scan finds; otherwise every call its own.
+        inputs: ``static``: they have one scale, which the scan finds. ``dynamic``: every call has its own. ``wide``:
+            they are not quantised, and nothing is scanned.
     """
 
     kind: Kind
-    static: bool
+    inputs: Literal["static", "dynamic", "wide"]
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs have one scale."""
+        return self.inputs == "static"
 
 
 FORMS: Mapping[Linear, Form] = {
-    "int8": Form(kind="I8", static=False),
-    "int8-static": Form(kind="I8", static=True),
-    "fp8": Form(kind="F8_E4M3", static=True),
+    "w8": Form(kind="I8", inputs="wide"),
+    "int8": Form(kind="I8", inputs="dynamic"),
+    "int8-static": Form(kind="I8", inputs="static"),
+    "fp8": Form(kind="F8_E4M3", inputs="static"),
 }
 """By the word of `Precision.linear`."""
 
@@ -237,29 +245,29 @@ def products_of(graphs: Mapping[str, Traced], rows: Iterable[EngineSpec]) -> set
     return found - others
 
 
-def to_8_bits(traced: Traced, chosen: Iterable[str], form: Form, scan: Scan) -> Traced:
+def to_8_bits(traced: Traced, chosen: Iterable[str], form: Form, scales: Mapping[str, float]) -> Traced:
     """A graph with products in 8 bits; the given one is changed.
 
     Args:
         traced: from `trace`.
         chosen: keys of the weights that are stored in 8 bits.
         form: how their products are computed.
-        scan: of a static form: the scales of their inputs.
+        scales: of a static form: key of a weight -> scale of its inputs.
     """
     graph, products = traced.model.graph, _products(traced.model.graph)
     narrow = [key for key in chosen if key in products]
     for key in narrow:
         stored = _Stored.of(graph.initializers[key], form.kind)
-        if form.static:
-            _replace_static(graph, products[key], stored, scan.scales[key], form.kind)
-        else:
+        if form.inputs == "dynamic":
             for node in products[key]:
                 _replace_dynamic(graph, node, stored)
+        else:
+            _replace_by_wide(graph, products[key], stored, scales.get(key), form.kind)
         del graph.initializers[key]
         for value in (stored.values, stored.scales):
             graph.initializers[str(value.name)] = value
     if narrow:
-        if not form.static:
+        if form.inputs == "dynamic":
             traced.model.opset_imports[_CONTRIB] = 1
         common.CommonSubexpressionEliminationPass()(traced.model)  # products of the same input and scale
         common.RemoveUnusedNodesPass()(traced.model)
@@ -335,21 +343,32 @@ def _replace_dynamic(graph: ir.Graph, product: ir.Node, stored: _Stored) -> None
     ir.convenience.replace_nodes_and_values(graph, product, [product], [node], product.outputs, node.outputs)
 
 
-def _replace_static(graph: ir.Graph, products: Iterable[ir.Node], stored: _Stored, scale: float, kind: Kind) -> None:
-    """Quantise the inputs of a weight's products to 8 bits and back, and read the weight from 8 bits."""
-    name, compute = str(stored.values.name), stored.scales.dtype
-    assert compute is not None
-    of_input = _constant(graph, f"{name.removesuffix('.weight')}.input_scale", np.float32(scale), compute)
-    zero = _constant(graph, f"zero_{ONNX_8_BITS[kind].name.lower()}", np.float32(0), ONNX_8_BITS[kind])
+def _replace_by_wide(
+    graph: ir.Graph, products: Iterable[ir.Node], stored: _Stored, scale: float | None, kind: Kind
+) -> None:
+    """Have a weight's products read it from 8 bits; with a scale, their inputs are quantised to 8 bits and back."""
     weight = ir.node("DequantizeLinear", [stored.values, stored.scales], attributes={"axis": 1})
     graph.insert_before(graph[0], weight)
     for product in products:
-        narrow = ir.node("QuantizeLinear", [product.inputs[0], of_input, zero])
-        wide = ir.node("DequantizeLinear", [narrow.outputs[0], of_input, zero])
-        inputs = [wide.outputs[0], weight.outputs[0], *product.inputs[2:]]
-        node = ir.node(product.op_type, inputs)  # the weight lies as the product takes it, with nothing to transpose
-        made = [narrow, wide, node]
-        ir.convenience.replace_nodes_and_values(graph, product, [product], made, product.outputs, node.outputs)
+        made: list[ir.Node] = []
+        x = product.inputs[0]
+        if scale is not None:
+            made = _rounded(graph, x, stored, scale, kind)
+            x = made[-1].outputs[0]
+        # the weight lies as the product takes it, with nothing to transpose
+        made.append(ir.node(product.op_type, [x, weight.outputs[0], *product.inputs[2:]]))
+        ir.convenience.replace_nodes_and_values(graph, product, [product], made, product.outputs, made[-1].outputs)
+
+
+def _rounded(graph: ir.Graph, x: ir.Value | None, stored: _Stored, scale: float, kind: Kind) -> list[ir.Node]:
+    """What quantises a product's input to 8 bits and back."""
+    compute = stored.scales.dtype
+    assert compute is not None
+    name = f"{str(stored.values.name).removesuffix('.weight')}.input_scale"
+    of_input = _constant(graph, name, np.float32(scale), compute)
+    zero = _constant(graph, f"zero_{ONNX_8_BITS[kind].name.lower()}", np.float32(0), ONNX_8_BITS[kind])
+    narrow = ir.node("QuantizeLinear", [x, of_input, zero])
+    return [narrow, ir.node("DequantizeLinear", [narrow.outputs[0], of_input, zero])]
 
 
 def _constant(graph: ir.Graph, name: str, number: np.float32, kind: ir.DataType) -> ir.Value:

@@ -162,7 +162,9 @@ class OpenVinoRuntime : public Runtime {
     if (record.precision.linear == "int8") {  // the graph leaves it to the runtime how inputs are quantised
       told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = std::string(tables::kOpenVinoInt8Group);
     }
-    if (record.precision.linear != "plain") {  // what is not in 8 bits is bf16 where there is any
+    if (record.precision.linear == "w8") {  // its own groups would quantise inputs
+      told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = std::string("0");
+    } else if (record.precision.linear != "plain") {  // what is not in 8 bits is bf16 where there is any
       if (std::find(computes_.begin(), computes_.end(), "bfloat16") != computes_.end()) dtype = "bfloat16";
     }
     for (const auto& kind : kKinds) {
