@@ -34,6 +34,7 @@ SLOW_FILES = (
     "export/test_tensorrt.py",
     "export/test_trace.py",
     "export/test_verify.py",
+    "export/test_w8.py",
     "gpu/test_*.py",
     "parity/test_control_pictures.py",
     "parity/test_controlnet.py",

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from ..errors import EngineError, plain, shortened
 from ..manifest import EngineRecord
 from ..paths import cache_folder
-from ..stages import EngineSpec
+from ..stages import EngineSpec, Linear
 from .base import EngineOptions
 from .profile import profile
 
@@ -40,6 +40,10 @@ CONFIGURATION = (
 )
 """Settings of a session that ``provider_options`` may hold beside the provider's. ONNX Runtime refuses none of another
 name, so that a mistyped one would change nothing, silently."""
+
+
+_IN_INT8: tuple[Linear, ...] = ("int8", "int8-static")
+"""How linear layers are computed where both operands of a product are int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +164,7 @@ def session_options(
     if row.device == "cpu" and own:
         raise _unknown(provider, next(iter(own)))
     configuration = {key: value for key, value in options.provider_options.items() if "." in key}
-    exact = EXACT_INT8 if record.precision.linear != "plain" and _lacks_vnni() else {}
+    exact = EXACT_INT8 if record.precision.linear in _IN_INT8 and _lacks_vnni() else {}
     for key, value in {**row.session, **exact, **configuration}.items():
         if key in configuration and key not in CONFIGURATION:
             raise _unknown(provider, key)

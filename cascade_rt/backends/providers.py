@@ -33,7 +33,7 @@ class Provider:
 
 
 _ON_CPUS: tuple[Linear, ...] = ("plain", "int8", "int8-static", "w8")
-_IN_TENSORRT: tuple[Linear, ...] = ("plain", "int8-static", "fp8", "w8")
+_IN_TENSORRT: tuple[Linear, ...] = ("plain", "int8-static", "fp8")
 PROVIDERS: dict[str, Provider] = {
     "cpu": Provider(extra="onnxruntime", device="cpu", computes=("float32", "float16"), linear=_ON_CPUS),
     "openvino": Provider(extra="openvino", device="cpu", linear=_ON_CPUS),

@@ -93,7 +93,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=tuple(PRECISIONS),
         help="of weights and wide activations (default: bf16 for small and big, else fp32); int8: linear layers in 8 "
-        "bits for ONNX Runtime and OpenVINO; int8-static and fp8: with scales found at export, for TensorRT",
+        "bits for ONNX Runtime and OpenVINO; w8: their weights alone, smaller and not faster; "
+        "int8-static and fp8: with scales found at export, for TensorRT",
     )
     parser.add_argument(
         "--target",

@@ -12,10 +12,11 @@ is quantised is a matter of the form:
 Norms, softmax, convolutions, the GRN and everything else stay as they are, and so does the timestep path, which all
 precisions compute in float32.
 
-Where inputs are quantised, a scan runs the network in float32. An input with a few values far beyond the rest is quantised too coarsely for the
-others: a layer whose product is much further from the exact one than those of most layers stays wide, and the manifest
-says so. Of a static form the scan runs twice: once for the largest value of every input, and once to measure products
-with several scales up to the one of that value, of which the one with the smallest error is taken.
+Where inputs are quantised, a scan runs the network in float32. An input with a few values far beyond the rest is
+quantised too coarsely for the others: a layer whose product is much further from the exact one than those of most
+layers stays wide, and the manifest says so. Of a static form the scan runs twice: once for the largest value of every
+input, and once to measure products with several scales up to the one of that value, of which the one with the smallest
+error is taken.
 """
 
 from __future__ import annotations

@@ -297,6 +297,7 @@ def test_what_the_cpu_runs_is_found(bundle: Bundle) -> None:
         ("x86_64", "fpu avx2 avx_vnni", "int8", False),
         ("x86_64", "fpu avx2", "int8", True),
         ("x86_64", "fpu avx2", "int8-static", True),
+        ("x86_64", "fpu avx2", "w8", False),
         ("x86_64", "fpu avx2", "fp32", False),
         ("AMD64", None, "int8", True),  # no Linux: not known to have it
         ("aarch64", "fpu", "int8", False),

@@ -359,7 +359,7 @@ class OrtRuntime : public Runtime {
     }
     std::map<std::string, std::string> entries, own;
     for (const tables::Pair* pair = row.session; pair->key != nullptr; ++pair) entries[pair->key] = pair->value;
-    if (record.precision.linear != "plain" && lacks_vnni()) {
+    if ((record.precision.linear == "int8" || record.precision.linear == "int8-static") && lacks_vnni()) {
       for (const tables::Pair* pair = tables::kExactInt8; pair->key != nullptr; ++pair) entries[pair->key] = pair->value;
     }
     for (const tables::Pair* pair = row.options; pair->key != nullptr; ++pair) own[pair->key] = pair->value;
