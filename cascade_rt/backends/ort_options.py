@@ -42,6 +42,8 @@ CONFIGURATION = (
 name, so that a mistyped one would change nothing, silently."""
 
 
+WIDE_INPUTS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Products with weights in 8 bits alone, which ONNX Runtime makes ``MatMulNBits``, would quantise their inputs too."""
 _IN_INT8: tuple[Linear, ...] = ("int8", "int8-static")
 """How linear layers are computed where both operands of a product are int8."""
 
@@ -165,7 +167,8 @@ def session_options(
         raise _unknown(provider, next(iter(own)))
     configuration = {key: value for key, value in options.provider_options.items() if "." in key}
     exact = EXACT_INT8 if record.precision.linear in _IN_INT8 and _lacks_vnni() else {}
-    for key, value in {**row.session, **exact, **configuration}.items():
+    wide = WIDE_INPUTS if record.precision.linear == "w8" else {}
+    for key, value in {**row.session, **exact, **wide, **configuration}.items():
         if key in configuration and key not in CONFIGURATION:
             raise _unknown(provider, key)
         made.add_session_config_entry(key, value)

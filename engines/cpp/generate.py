@@ -25,7 +25,7 @@ import PIL.Image
 import cascade_rt
 from cascade_rt import __version__, entry, pictures, request, sampling, tensor_file
 from cascade_rt.backends import MAX_THREADS
-from cascade_rt.backends.ort_options import CONFIGURATION, EXACT_INT8, TABLE
+from cascade_rt.backends.ort_options import CONFIGURATION, EXACT_INT8, TABLE, WIDE_INPUTS
 from cascade_rt.backends.providers import OPENVINO_INT8_GROUP, PROVIDERS
 from cascade_rt.bundle import MAX_MANIFEST_BYTES
 from cascade_rt.image import MAX_PICTURE_BYTES, REQUEST_KEY
@@ -189,6 +189,7 @@ def header() -> str:
         lines.append(f"    {{{first}, {{{computes}}}, {{{linear}}}}},")
     lines += ["};", "", "// ONNX Runtime's settings, by provider", texts("kConfiguration", CONFIGURATION)]
     lines.append(pairs("kExactInt8", EXACT_INT8))
+    lines.append(pairs("kWideInputs", WIDE_INPUTS))
     for name, told in TABLE.items():
         ident = "".join(part.capitalize() for part in name.split("-"))
         lines += [pairs(f"kSession{ident}", told.session), pairs(f"kOptions{ident}", told.options)]

@@ -362,6 +362,9 @@ class OrtRuntime : public Runtime {
     if ((record.precision.linear == "int8" || record.precision.linear == "int8-static") && lacks_vnni()) {
       for (const tables::Pair* pair = tables::kExactInt8; pair->key != nullptr; ++pair) entries[pair->key] = pair->value;
     }
+    if (record.precision.linear == "w8") {
+      for (const tables::Pair* pair = tables::kWideInputs; pair->key != nullptr; ++pair) entries[pair->key] = pair->value;
+    }
     for (const tables::Pair* pair = row.options; pair->key != nullptr; ++pair) own[pair->key] = pair->value;
     if (std::string(row.device) == "cuda") own["device_id"] = std::to_string(options_.device_id);
     for (const auto& item : options_.provider_options) {

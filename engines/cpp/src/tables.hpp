@@ -202,6 +202,9 @@ inline constexpr const char* kConfiguration[] = {"session.intra_op.allow_spinnin
 inline constexpr Pair kExactInt8[] = {
     {"session.x64quantprecision", "1"},
     {nullptr, nullptr}};
+inline constexpr Pair kWideInputs[] = {
+    {"session.qdq_matmulnbits_accuracy_level", "1"},
+    {nullptr, nullptr}};
 inline constexpr Pair kSessionCpu[] = {
     {"session.force_spinning_stop", "1"},
     {"session.intra_op.spin_duration_us", "200"},
