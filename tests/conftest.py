@@ -63,6 +63,7 @@ GROUPS = {
     "parity/test_loops.py": "parity",
     "parity/test_control_pictures.py": "parity",
     "parity/test_weighting.py": "parity",
+    "parity/test_words.py": "parity",
     "docs/test_commands.py": "commands",
     "export/test_tensorrt.py": "tensorrt",
     "export/test_export.py": "export",
