@@ -35,7 +35,7 @@ NAMES = {
     "picture": "a whole picture",
     "cold_start": "from the start of a process to a picture on disk",
 }
-SHOWN = (
+SHOWN: tuple[tuple[str, ...], ...] = (
     ("race_tiny_cpu", "stage_c.step"),
     ("race_tiny_cpu", "stage_b.step"),
     ("race_tiny_cpu", "stage_a.decode"),
@@ -45,6 +45,7 @@ SHOWN = (
     ("startup", "cold_start"),
     ("race_small_fp32_cpu", "stage_c.step"),
     ("race_small_bf16_cpu", "stage_c.step"),
+    ("race_small_int8_cpu", "stage_c.step", "int8"),
     ("race_small_decoder_bf16_cpu", "stage_b.step"),
     ("race_small_decoder_bf16_cpu", "stage_a.decode"),
     ("race_small_picture_cpu", "picture"),
@@ -52,11 +53,12 @@ SHOWN = (
     ("race_big_bf16_cpu", "stage_c.step"),
     ("race_big_decoder_bf16_cpu", "stage_b.step"),
 )
-"""(file, what) of README's table; of several providers the faster one is shown."""
-FIRST = (
+"""(file, what), or (file, what, our precision), of README's table; of several of ours the fastest is shown."""
+FIRST: tuple[tuple[str, ...], ...] = (
     ("race_tiny_cpu", "picture"),
     ("startup", "cold_start"),
     ("race_small_bf16_cpu", "stage_c.step"),
+    ("race_small_int8_cpu", "stage_c.step", "int8"),
     ("race_small_picture_20_10_cpu", "picture"),
     ("race_big_bf16_cpu", "stage_c.step"),
     ("race_tiny_bf16_cpu", "stage_a.decode"),
@@ -109,28 +111,30 @@ def _installed(sizes: Mapping[str, float]) -> Iterator[str]:
     yield ""
 
 
-def summary(results: Mapping[str, Mapping[str, Any]], shown: Iterable[tuple[str, str]], place: str) -> str:
+def summary(results: Mapping[str, Mapping[str, Any]], shown: Iterable[tuple[str, ...]], place: str) -> str:
     """A table with a line for each of ``shown``; the fastest time of a line is bold.
 
     Args:
         results: by name.
-        shown: (file, what).
+        shown: (file, what), or (file, what, our precision).
         place: of `results/`, as links have it.
     """
     lines = [f"| {' | '.join(HEADINGS)} |", f"|{' --- |' * len(HEADINGS)}"]
-    lines += [_line(f"{place}/{name}.md", what, results[name]["rows"]) for name, what in shown]
+    lines += [_line(f"{place}/{name}.md", what, results[name]["rows"], *which) for name, what, *which in shown]
     return "\n".join(lines) + "\n"
 
 
-def _line(page: str, what: str, rows: list[dict[str, Any]]) -> str:
+def _line(page: str, what: str, rows: list[dict[str, Any]], precision: str | None = None) -> str:
     timed = [row for row in rows if row["what"] == what and row["median_s"] is not None]
-    ours = min((row for row in timed if row["peer"] == OURS), key=lambda row: row["median_s"])
+    own = [row for row in timed if row["peer"] == OURS and precision in (None, row["precision"])]
+    ours = min(own, key=lambda row: row["median_s"])
     eager = next(row for row in timed if row["peer"] == "eager")
     compiled = next((row for row in timed if row["peer"] == "compile"), None)
-    fastest = min(timed, key=lambda row: row["median_s"])
+    fastest = min((row for row in (eager, compiled, ours) if row), key=lambda row: row["median_s"])
     times = [_time(row, fastest) for row in (eager, compiled, ours)]
     ratios = [f"{row['median_s'] / ours['median_s']:.2f}" if row else "" for row in (eager, compiled)]
-    shape = f"{ours['precision']}, {ours['pixels']}"
+    theirs = "" if eager["precision"] == ours["precision"] else f" (theirs {eager['precision']})"
+    shape = f"{ours['precision']}{theirs}, {ours['pixels']}"
     steps = f", {ours['steps'][0]} + {ours['steps'][1]} steps" if what == "picture" and ours.get("steps") else ""
     provider = "ONNX Runtime" if ours["provider"] == "cpu" else "OpenVINO"
     errors = f"{_error(ours)}, {_error(eager)}"
